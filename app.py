@@ -1,0 +1,1155 @@
+"""A complete backend to read in a sitting: users, items and logins.
+
+FastAPI and SQLModel, on SQLite or PostgreSQL. Start it, then open /docs:
+
+    uv run fastapi dev app.py
+
+Read on from top to bottom: settings, database, passwords and tokens, who is
+calling, the application, then the routes. What is stored is in models.py.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Annotated, Any, Literal, NoReturn, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import anyio
+import bcrypt
+import jwt
+from fastapi import (
+    APIRouter,
+    Depends,
+    FastAPI,
+    Form,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+)
+from fastapi import Path as PathParameter
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from fastapi.security import OAuth2PasswordBearer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy import BigInteger, Connection, event, func, make_url
+from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.orm import aliased
+from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlmodel import bindparam, col, delete, select, update
+from sqlmodel.ext.asyncio.session import AsyncSession
+from sqlmodel.sql.expression import Select
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models import (
+    MAX_ID,
+    Email,
+    Item,
+    ItemCreate,
+    ItemPublic,
+    ItemUpdate,
+    Login,
+    LoginAttempt,
+    Password,
+    RevocationRequest,
+    Token,
+    TokenRequest,
+    User,
+    UserCreate,
+    UserPublic,
+    UserUpdate,
+    normal_email,
+    utc_now,
+)
+
+log = logging.getLogger("uvicorn.error")  # the server's own log: shown wherever it runs
+HERE = Path(__file__).parent
+
+
+# --- Settings: from the environment (upper case) or .env, checked once, at the start
+
+
+def stop(problem: str) -> NoReturn:
+    """End the start with one message instead of a page of traceback."""
+    sys.tracebacklimit = 0
+    raise SystemExit(problem)
+
+
+class Settings(BaseSettings):
+    """Everything that differs between installations; .env.example explains each."""
+
+    # Error messages never show the value: it may be a password.
+    model_config = SettingsConfigDict(
+        env_file=HERE / ".env", extra="ignore", hide_input_in_errors=True
+    )
+
+    app_name: str = "My API"
+    debug: bool = False  # log SQL statements, without their values
+    api_v1_prefix: Annotated[str, Field(pattern=r"^(/[\w.-]+)*$")] = "/api/v1"
+    secret_key: SecretStr | None = None  # signs access tokens
+    database_url: SecretStr = SecretStr(f"sqlite:///{HERE / 'app.db'}")
+    database_pool_size: int = Field(default=10, ge=1)  # connections a worker
+    database_timeout: float = Field(default=5, gt=0)  # seconds
+    database_startup_timeout: float = Field(default=30, ge=0)  # seconds
+    database_statement_cache_size: int = Field(default=100, ge=0)  # 0: behind PgBouncer
+    migrate_on_startup: bool = True
+    access_token_expire_minutes: int = Field(default=30, ge=1)
+    refresh_token_expire_days: int = Field(default=30, ge=1)
+    bcrypt_rounds: int = Field(default=12, ge=4, le=31)
+    max_failed_logins: int = Field(default=10, ge=0)  # 0: off
+    max_body_size: int = Field(default=1024 * 1024, ge=0)  # bytes
+    cors_origins: Annotated[
+        list[str],
+        NoDecode,  # comma-separated text, not JSON
+        BeforeValidator(lambda text: [part.strip() for part in text.split(",")]),
+    ] = Field(default="*")
+    first_superuser_email: Email | None = None
+    first_superuser_password: Password | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Refuse what would be unsafe or unusable."""
+        if self.secret_key is None and os.environ.get("FASTAPI_ENV") == "development":
+            self.secret_key = SecretStr("a key that everybody knows, for development")
+        if len(self.key.encode()) < 32:
+            raise ValueError(
+                "SECRET_KEY must have at least 32 bytes. Make one with: "
+                "python -c 'import secrets; print(secrets.token_hex(32))'"
+            )
+        scheme = self.database_url.get_secret_value().partition("://")[0]
+        if scheme.partition("+")[0] not in ("sqlite", "postgres", "postgresql"):
+            raise ValueError(
+                "DATABASE_URL must be sqlite:///file.db "
+                "or postgresql://user:password@host/database"
+            )
+        if (self.first_superuser_email is None) != (
+            self.first_superuser_password is None
+        ):
+            raise ValueError(
+                "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another"
+            )
+        return self
+
+    @property
+    def key(self) -> str:
+        return self.secret_key.get_secret_value() if self.secret_key else ""
+
+
+try:
+    settings = Settings()
+except ValidationError as error:
+    mistakes = [
+        f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix(
+            ": Value error, "
+        )
+        for e in error.errors()
+    ]
+    stop("Cannot start. " + "; ".join(mistakes))
+
+
+# --- Database: one pool, one transaction a request, one round trip for a lone SELECT
+
+# What libpq understands in a URL and asyncpg would hand to the server as a parameter.
+LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
+# Values, password hashes among them, stay out of the log at any level.
+logging.getLogger("aiosqlite").setLevel(logging.INFO)
+
+
+def make_engines(timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return the engine for transactions and the one for reads.
+
+    `timeout`: seconds for a statement; None lets it run, as a migration may have to.
+    Reads are AUTOCOMMIT: a lone SELECT needs no BEGIN before and no ROLLBACK after it.
+    """
+    url = settings.database_url.get_secret_value()
+    options: dict[str, Any] = {
+        "echo": settings.debug,
+        "hide_parameters": True,
+        "max_overflow": 0,
+        "pool_size": settings.database_pool_size,
+        "pool_timeout": settings.database_timeout,
+    }
+    if url.startswith("sqlite"):
+        return sqlite_engines(url, options)
+    parts = urlsplit(url)
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in LIBPQ_ONLY]
+    options["connect_args"] = {
+        # asyncpg reads URLs as libpq does: several hosts, target_session_attrs, sslmode
+        "dsn": urlunsplit(
+            ("postgresql", parts.netloc, parts.path, urlencode(query), "")
+        ),
+        "timeout": settings.database_timeout,
+        "command_timeout": timeout,
+        "statement_cache_size": settings.database_statement_cache_size,
+        "prepared_statement_cache_size": settings.database_statement_cache_size,
+    }
+    reads = create_async_engine(
+        "postgresql+asyncpg://", isolation_level="AUTOCOMMIT", **options
+    )
+
+    @event.listens_for(reads.sync_engine, "checkout")
+    def replace_closed(adapted: Any, *_: object) -> None:
+        # asyncpg knows that the server hung up: no ping needed to find out.
+        if adapted.driver_connection.is_closed():
+            raise DisconnectionError
+
+    @event.listens_for(reads.sync_engine, "handle_error")
+    def drop_silent(context: Any) -> None:
+        # A server that did not answer in time: its late answer must meet nobody.
+        if isinstance(context.original_exception, TimeoutError):
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+
+    return reads.execution_options(isolation_level="READ COMMITTED"), reads
+
+
+def sqlite_engines(
+    url: str, options: dict[str, Any]
+) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return SQLite's two engines: one connection that writes, several that read.
+
+    SQLite has one writer at a time: here they wait in the pool's line, in turn, and
+    only writers of other processes are met at the file's lock.
+    """
+    url_ = make_url(url).set(drivername="sqlite+aiosqlite")
+    options["connect_args"] = {
+        "isolation_level": None,
+        "timeout": settings.database_timeout,
+    }
+    options["poolclass"] = AsyncAdaptedQueuePool
+    writes = create_async_engine(url_, **options | {"pool_size": 1})
+    reads = create_async_engine(
+        url_,
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+        **options,
+    )
+
+    for engine_ in (writes, reads):
+
+        @event.listens_for(engine_.sync_engine, "connect")
+        def configure(connection: Any, _: object) -> None:
+            connection.execute("PRAGMA journal_mode = WAL").close()
+            connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
+
+    @event.listens_for(writes.sync_engine, "begin")
+    def begin(connection: Any) -> None:
+        # A deferred BEGIN that starts by reading fails at once when it comes to write.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    # A database in memory is its one connection.
+    return writes, writes if url_.database in (None, "", ":memory:") else reads
+
+
+engine, reads = make_engines(settings.database_timeout)
+
+
+SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR")
+OUTAGES = ("08", "25006", "40", "53", "55P03", "57")  # SQLSTATE classes worth a retry
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell a database that cannot serve just now from a mistake of ours."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError | PoolTimeoutError)  # TimeoutError is OSError
+    return (
+        error.connection_invalidated
+        or error.statement is None  # while connecting
+        or str(getattr(error.orig, "sqlstate", "")).startswith(OUTAGES)
+        or getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR") in SQLITE_OUTAGES
+    )
+
+
+async def get_session() -> AsyncGenerator[AsyncSession]:
+    """Yield the request's transaction: committed if the route returns, else undone."""
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        yield session
+        await session.commit()
+
+
+# "function": commit before the answer leaves, so that a 2xx is never a lie.
+SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
+
+
+async def take_turns(connection: AsyncConnection, key: int) -> None:
+    """Let one transaction at a time pass that has the same 64-bit key."""
+    # SQLite lets one write at a time pass anyway: BEGIN IMMEDIATE.
+    if engine.dialect.name == "postgresql":
+        await connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+# --- Passwords and tokens: slow hashes in threads, short-lived proofs, one-time secrets
+
+ATTEMPT_WINDOW = timedelta(minutes=15)
+# bcrypt is made to take long: more threads than cores would only slow the rest down.
+hashing = anyio.CapacityLimiter(os.cpu_count() or 1)
+MAX_HASHING_QUEUE = 100  # beyond it a wait would outlast the client's patience
+# A hash of no password, of the usual cost: an unknown email takes as long as a known.
+NO_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
+
+
+def busy(detail: str) -> HTTPException:
+    """Return the error that asks the client to come back in a second."""
+    return HTTPException(503, detail, {"Retry-After": "1"})
+
+
+@asynccontextmanager
+async def hashing_turn() -> AsyncGenerator[None]:
+    """Wait in line for a core to hash on; raise 503 where the line is too long.
+
+    Wait before the transaction, never inside: the line would hold every connection.
+    """
+    if hashing.statistics().tasks_waiting >= MAX_HASHING_QUEUE:
+        raise busy("Too many logins at once, try again")
+    async with hashing:
+        yield
+
+
+async def hash_password(password: str) -> str:
+    """Return the bcrypt hash of a password of at most 72 bytes."""
+    async with hashing_turn():
+        salt = bcrypt.gensalt(settings.bcrypt_rounds)
+        hashed = await anyio.to_thread.run_sync(bcrypt.hashpw, password.encode(), salt)
+        return hashed.decode()
+
+
+async def is_password(password: str, hashed: str | None) -> bool:
+    """Tell whether a password is the hash's; takes the same time if there is none.
+
+    Call it inside `hashing_turn` and outside a transaction.
+    """
+    guess = password.encode()
+    right = await anyio.to_thread.run_sync(
+        bcrypt.checkpw, guess[:72], (hashed or NO_HASH).encode()
+    )
+    # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
+    return right and hashed is not None and len(guess) <= 72
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, hexadecimal: enough to store a random secret."""
+    return sha256(text.encode()).hexdigest()
+
+
+def make_token(login_id: int, user_id: int, refresh_token: str) -> Token:
+    """Return the token endpoint's answer for a login (RFC 6749, section 5.1)."""
+    now = int(time.time())
+    lifetime = settings.access_token_expire_minutes * 60
+    claims = {
+        "sub": str(user_id),
+        "sid": str(login_id),
+        "iat": now,
+        "exp": now + lifetime,
+    }
+    return Token(
+        access_token=jwt.encode(claims, settings.key, "HS256"),
+        expires_in=lifetime,
+        refresh_token=refresh_token,
+    )
+
+
+def refresh_expiry() -> datetime:
+    """Return when a refresh token made now expires."""
+    return utc_now() + timedelta(days=settings.refresh_token_expire_days)
+
+
+class AccessToken(BaseModel):
+    """What a verified access token says: which user, by which login."""
+
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]
+    sid: Annotated[int, Field(ge=1, le=MAX_ID)]
+
+
+def read_access_token(token: str, *, expired: bool = False) -> AccessToken | None:
+    """Return a token's claims; None if it is forged, expired or of another kind.
+
+    `expired`: accept it after its time too, to revoke the login behind it.
+    """
+    try:
+        claims = jwt.decode(
+            token,
+            settings.key,
+            algorithms=["HS256"],
+            # iat is not checked: the clock of the host that issued it may be ahead
+            options={
+                "require": ["sub", "iat", "exp", "sid"],
+                "verify_iat": False,
+                "verify_exp": not expired,
+            },
+        )
+        return AccessToken.model_validate(claims)
+    except (jwt.InvalidTokenError, ValueError):
+        return None
+
+
+# --- Who is calling: every statement starts from the login behind the access token
+
+
+def unauthorized() -> HTTPException:
+    """Return the error for every token that does not count (RFC 6750)."""
+    return HTTPException(
+        401, "Log in: the access token is not valid", {"WWW-Authenticate": "Bearer"}
+    )
+
+
+AUTH_PATH = f"{settings.api_v1_prefix}/auth"
+TOKEN_URL = f"{AUTH_PATH}/token".removeprefix("/")  # relative: right under a root path
+oauth2 = OAuth2PasswordBearer(TOKEN_URL, refreshUrl=TOKEN_URL)
+
+
+async def get_access_token(token: Annotated[str, Depends(oauth2)]) -> AccessToken:
+    """Return the verified claims of the request's bearer token, else raise 401."""
+    if claims := read_access_token(token):
+        return claims
+    raise unauthorized()
+
+
+# The signature is right; whether the login still exists is for `fetch` to find out.
+TokenDep = Annotated[AccessToken, Depends(get_access_token)]
+
+
+def by_login[*Ts](statement: Select[*Ts]) -> Select[*Ts]:
+    """Make a statement start from the caller's live login and active user.
+
+    It then finds a row at least if, and only if, there is such a caller; join to it
+    what the caller may see.
+    """
+    return (
+        statement.select_from(Login)
+        .join(User, col(User.id) == Login.user_id)
+        .where(
+            col(Login.id) == bindparam("sid"),
+            col(Login.user_id) == bindparam("sub"),
+            col(User.is_active),
+        )
+    )
+
+
+async def fetch[*Ts](
+    statement: Select[*Ts],
+    token: AccessToken,
+    session: AsyncSession | None = None,
+    **values: object,
+) -> Sequence[tuple[*Ts]]:
+    """Return the rows of a statement made with `by_login`; without any, raise 401.
+
+    One round trip tells who is calling and gets what they asked for. With `session`
+    it is part of the request's transaction, else it needs none.
+    """
+    if session is None:
+        async with AsyncSession(reads) as session:
+            return await fetch(statement, token, session, **values)
+    params = {"sid": token.sid, "sub": token.sub, **values}
+    rows = (await session.exec(statement, params=params)).all()
+    if not rows:
+        raise unauthorized()
+    return rows
+
+
+def found[T](thing: T | None) -> T:
+    """Return what a statement found; what the caller may not see is not there: 404."""
+    if thing is None:
+        raise HTTPException(404, "Not found")
+    return thing
+
+
+# Statements are built once: to build one costs a fifth of running it.
+Target = aliased(User)  # the user that is asked for, beside the one who asks
+CALLER = by_login(select(User, Login.id))
+USER = by_login(select(User, Target)).outerjoin(
+    Target,
+    (col(Target.id) == bindparam("user_id"))
+    & ((col(Target.id) == User.id) | col(User.is_superuser)),
+)
+ITEM = by_login(select(User.id, Item)).outerjoin(
+    Item,
+    (col(Item.id) == bindparam("item_id"))
+    & ((col(Item.owner_id) == User.id) | col(User.is_superuser)),
+)
+
+
+class Page(BaseModel):
+    """Which rows of a list to return, ascending by id."""
+
+    skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
+    limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
+    after: int = Field(
+        0, ge=0, le=MAX_ID, description="Start behind the row of this id"
+    )
+
+
+PageDep = Annotated[Page, Query()]
+Id = Annotated[int, PathParameter(ge=1, le=MAX_ID)]
+
+
+def page_of(statement: Any, id_: Any) -> Any:
+    """Return one page of a statement as a table to join the caller to.
+
+    It asks for one row more than the page holds, to tell whether there is a next page.
+    """
+    return (
+        statement.where(id_ > bindparam("after"))
+        .order_by(id_)
+        .offset(bindparam("skip", type_=BigInteger))
+        .limit(bindparam("limit", type_=BigInteger) + 1)
+        .subquery()
+    )
+
+
+# An index on (owner_id, id) serves the owner's page, the primary key that of all.
+OWNER = func.coalesce(
+    bindparam("owner_id", type_=BigInteger),
+    select(Login.user_id).where(Login.id == bindparam("sid")).scalar_subquery(),
+)
+OwnedItem = aliased(Item, page_of(select(Item).where(Item.owner_id == OWNER), Item.id))
+OWNED_ITEMS = (
+    by_login(select(User.is_superuser, OwnedItem))
+    .outerjoin(OwnedItem, (col(OwnedItem.owner_id) == User.id) | col(User.is_superuser))
+    .order_by(col(OwnedItem.id))
+)
+AnyItem = aliased(Item, page_of(select(Item), Item.id))
+ALL_ITEMS = (
+    by_login(select(User.is_superuser, AnyItem))
+    .outerjoin(AnyItem, col(User.is_superuser).is_(True))
+    .order_by(col(AnyItem.id))
+)
+AnyUser = aliased(User, page_of(select(User), User.id))
+ALL_USERS = (
+    by_login(select(User.is_superuser, AnyUser))
+    .outerjoin(AnyUser, col(User.is_superuser).is_(True))
+    .order_by(col(AnyUser.id))
+)
+
+
+def one_page[T: (User, Item)](
+    rows: Sequence[tuple[bool, T]], page: Page, request: Request, response: Response
+) -> list[T]:
+    """Return a page's rows and set `Link` to the next page, if any (RFC 8288)."""
+    things = [thing for _, thing in rows if thing is not None]
+    if len(things) > page.limit:
+        things = things[: page.limit]
+        url = request.url.remove_query_params("skip")
+        url = url.include_query_params(after=things[-1].id)
+        response.headers["Link"] = f'<{url}>; rel="next"'
+    return things
+
+
+# --- The application: what happens at start-up, around every request and on errors
+
+MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
+
+
+@asynccontextmanager
+async def migration_connection() -> AsyncGenerator[AsyncConnection]:
+    """Yield a transaction to migrate in: one at a time, however many workers start."""
+    sqlite = engine.dialect.name == "sqlite"
+    patient = engine if sqlite else make_engines(timeout=None)[0]
+    async with patient.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if sqlite:  # to alter a table is to drop its old copy: that must not cascade
+            await driver.execute("PRAGMA foreign_keys = OFF")
+        async with connection.begin():
+            await take_turns(connection, MIGRATIONS)
+            yield connection
+        if sqlite:
+            await driver.execute("PRAGMA foreign_keys = ON")
+    if not sqlite:
+        await patient.dispose()
+
+
+def upgrade(connection: Connection) -> None:
+    """Run the migrations that the database has not seen."""
+    from alembic import command, config  # takes long to import: only where it is used
+
+    options = config.Config(HERE / "alembic.ini", attributes={"connection": connection})
+    command.upgrade(options, "head")
+
+
+async def create_first_superuser() -> None:
+    """Make the superuser that the settings name, unless a user has that email."""
+    email, password = settings.first_superuser_email, settings.first_superuser_password
+    if email is None or password is None:
+        return
+    async with AsyncSession(reads) as session:
+        if (await session.exec(select(User.id).where(User.email == email))).first():
+            return
+    hashed = await hash_password(password)
+    with suppress(IntegrityError):  # another worker was faster
+        async with AsyncSession(engine) as session:
+            session.add(User(email=email, hashed_password=hashed, is_superuser=True))
+            await session.commit()
+
+
+def describe(error: Exception) -> str:
+    """Return what went wrong, without what may be a piece of the database's URL."""
+    cause = getattr(error, "driver_exception", None) or error
+    return type(cause).__name__ if isinstance(cause, ValueError) else str(cause)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Wait for the database, bring its schema up to date, make the first superuser."""
+    give_up = time.monotonic() + settings.database_startup_timeout
+    while True:
+        try:
+            if settings.migrate_on_startup:
+                async with migration_connection() as connection:
+                    await connection.run_sync(upgrade)
+            await create_first_superuser()
+            break
+        except Exception as error:
+            reason = describe(error)
+            if not is_outage(error) or time.monotonic() > give_up:
+                stop(f"Cannot start: {reason}. Check DATABASE_URL")
+            log.warning("Waiting for the database: %s", reason)
+        await anyio.sleep(1)
+    yield
+    await engine.dispose()
+    await reads.dispose()
+
+
+class JSONErrorMiddleware:
+    """Answer an unforeseen error with JSON, 500, and log it.
+
+    FastAPI's own handler for it raises again, and the server then drops the
+    connection with the client's next request on it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except Exception:
+            if started or scope["type"] != "http":
+                raise
+            log.exception("Unforeseen error at %s %s", scope["method"], scope["path"])
+            response = JSONResponse({"detail": "Internal server error"}, 500)
+            await response(scope, receive, send)
+
+
+class Problem(BaseModel):
+    """An error: what was wrong and what to do."""
+
+    detail: str
+
+
+class OAuth2Problem(Problem):
+    """An error of the token and revocation endpoints (RFC 6749, section 5.2)."""
+
+    error: str
+    error_description: str
+
+
+class Status(BaseModel):
+    """The answer of a health check."""
+
+    status: Literal["healthy", "ready"]
+
+
+PROBLEMS = {
+    400: "The request cannot be done as it is",
+    401: "No valid access token",
+    403: "Not yours to do",
+    404: "Nothing there that you may see",
+    429: "Too many failed logins: wait for `Retry-After` seconds",
+    503: "The service cannot do it just now: try again after `Retry-After` seconds",
+}
+TOO_LARGE: dict[int | str, dict[str, Any]] = {
+    413: {
+        "description": "The body is larger than `MAX_BODY_SIZE`",
+        "content": {
+            "application/json": {"schema": Problem.model_json_schema()},
+            "text/plain": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+def problems(*codes: int, model: type = Problem) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of the errors of a route."""
+    return {code: {"model": model, "description": PROBLEMS[code]} for code in codes}
+
+
+LINK: dict[int | str, dict[str, Any]] = {
+    200: {
+        "headers": {
+            "Link": {
+                "description": 'The next page, `rel="next"` (RFC 8288), if any',
+                "schema": {"type": "string"},
+            }
+        }
+    }
+}
+
+
+class OAuth2Error(HTTPException):
+    """An error in the form that OAuth2 clients read (RFC 6749, section 5.2)."""
+
+    def __init__(
+        self,
+        error: str,
+        detail: str,
+        status: int = 400,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, headers)
+        self.error = error
+
+
+app = FastAPI(
+    title=settings.app_name,
+    version="1.0.0",
+    summary="Users, items and logins.",
+    description="Register with `POST /users`, then log in by **Authorize**.",
+    openapi_url=f"{settings.api_v1_prefix}/openapi.json",
+    openapi_tags=[
+        {"name": "auth", "description": "Logins: OAuth2 tokens, got and given back."},
+        {"name": "users", "description": "Accounts: one's own; a superuser's, all."},
+        {"name": "items", "description": "What a user owns; nobody else sees it."},
+        {"name": "health", "description": "For load balancers and orchestrators."},
+    ],
+    generate_unique_id_function=lambda route: route.name,
+    lifespan=lifespan,
+    max_body_size=settings.max_body_size,
+    redirect_slashes=False,  # a redirect would be built from the client's Host
+)
+app.add_middleware(JSONErrorMiddleware)
+app.add_middleware(
+    CORSMiddleware,
+    allow_origins=settings.cors_origins,
+    allow_credentials="*" not in settings.cors_origins,
+    allow_methods=["*"],
+    allow_headers=["*"],
+    expose_headers=["Link", "Retry-After"],
+)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid_input(request: Request, error: RequestValidationError) -> Response:
+    """Say what is wrong with the input, without repeating it: it may be a password."""
+    errors = [
+        {"type": e["type"], "loc": e["loc"], "msg": e["msg"]} for e in error.errors()
+    ]
+    for e in errors:
+        if e["type"] == "extra_forbidden":  # the name, too, is what was sent
+            e["loc"] = e["loc"][:-1]
+    if AUTH_PATH in request.url.path:
+        oauth2 = OAuth2Error("invalid_request", errors[0]["msg"])
+        return await oauth2_error(request, oauth2)
+    return JSONResponse({"detail": errors}, 422)
+
+
+@app.exception_handler(OAuth2Error)
+async def oauth2_error(_: Request, error: OAuth2Error) -> Response:
+    """Answer in the form of RFC 6749, section 5.2."""
+    content = {
+        "error": error.error,
+        "error_description": error.detail,
+        "detail": error.detail,
+    }
+    headers = {**(error.headers or {}), "Cache-Control": "no-store"}
+    return JSONResponse(content, error.status_code, headers)
+
+
+@app.exception_handler(IntegrityError)
+async def refused_by_database(request: Request, error: IntegrityError) -> Response:
+    """Answer what the database refused: no SELECT beforehand can know, in a race."""
+    if "foreign key" in str(error.orig).lower():  # the caller was deleted meanwhile
+        return await http_exception_handler(request, unauthorized())
+    return JSONResponse({"detail": "Email already registered"}, 400)
+
+
+@app.exception_handler(StaleDataError)
+async def gone_meanwhile(_: Request, __: StaleDataError) -> Response:
+    """Answer for a row that another request deleted while this one changed it."""
+    return JSONResponse({"detail": "Not found"}, 404)
+
+
+@app.exception_handler(DBAPIError)
+@app.exception_handler(PoolTimeoutError)
+@app.exception_handler(OSError)
+async def unavailable(request: Request, error: Exception) -> Response:
+    """Answer for a database that is away, frozen or overloaded: come back later."""
+    if not is_outage(error):
+        raise error
+    log.warning("Database unavailable: %s", type(error).__name__)
+    return await http_exception_handler(
+        request, busy("The database is busy, try again")
+    )
+
+
+# --- Routes: auth
+
+auth = APIRouter(
+    prefix=AUTH_PATH,
+    tags=["auth"],
+    responses=problems(400, 503, model=OAuth2Problem) | TOO_LARGE,
+)
+
+
+@auth.post("/token", responses=problems(429, model=OAuth2Problem))
+async def create_token(
+    form: Annotated[TokenRequest, Form()],
+    session: SessionDep,
+    request: Request,
+    response: Response,
+) -> Token:
+    """Log in with email and password, or renew a login with its refresh token.
+
+    OAuth2's token endpoint (RFC 6749): `grant_type` is `password`, with `username` (the
+    email) and `password`, or `refresh_token`, with `refresh_token`. A refresh token
+    works once; shown again, it ends its login (RFC 9700).
+    """
+    response.headers["Cache-Control"] = "no-store"
+    if form.grant_type == "password" and form.username and form.password:
+        client = request.client.host if request.client else ""
+        return await log_in(session, form.username, form.password, client)
+    if form.grant_type == "refresh_token" and form.refresh_token:
+        return await renew(session, form.refresh_token)
+    if form.grant_type in ("", "password", "refresh_token"):
+        raise OAuth2Error("invalid_request", "A parameter of the grant is missing")
+    raise OAuth2Error("unsupported_grant_type", "Use password or refresh_token")
+
+
+async def log_in(
+    session: AsyncSession, username: str, password: str, client: str
+) -> Token:
+    """Return the tokens of a new login, or raise `invalid_grant`."""
+    refused = OAuth2Error("invalid_grant", "Wrong email or password")
+    try:
+        email = normal_email(username)
+    except PydanticCustomError:
+        email = ""  # nobody's, yet it takes the same time
+    pair = digest(f"{email or username} {client}")
+    async with hashing_turn():
+        # Counted and committed before it is hashed: a burst gets no more guesses.
+        await count_attempt(session, pair)
+        user = (await session.exec(select(User).where(User.email == email))).first()
+        await session.commit()  # no connection is held while the password is hashed
+        right = await is_password(password, user.hashed_password if user else None)
+    if not (user and right):
+        raise refused
+    # Locked until the login is stored: a password change meanwhile would miss it.
+    unchanged = select(User).where(
+        User.id == user.id,
+        User.hashed_password == user.hashed_password,
+        col(User.is_active),
+    )
+    if not (await session.exec(unchanged.with_for_update(read=True))).first():
+        raise refused
+    await session.exec(delete(LoginAttempt).where(col(LoginAttempt.pair_hash) == pair))
+    family, secret = token_urlsafe(16), token_urlsafe(32)
+    login = Login(
+        user_id=user.id,
+        family_hash=digest(family),
+        secret_hash=digest(secret),
+        expires_at=refresh_expiry(),
+    )
+    session.add(login)
+    await session.flush()
+    return make_token(login.id, login.user_id, f"{family}.{secret}")
+
+
+async def count_attempt(session: AsyncSession, pair: str) -> None:
+    """Store an attempt to log in; raise 429 if too many of late have failed.
+
+    `pair`: the digest of email and client address that attempts are counted by.
+    """
+    now = utc_now()
+    since = now - ATTEMPT_WINDOW
+    for table, condition in (
+        (LoginAttempt, col(LoginAttempt.created_at) < since),
+        (Login, col(Login.expires_at) < now),
+    ):  # what no longer counts goes, a little at each login, never waiting for a lock
+        old = select(table.id).where(condition).limit(100)
+        old = old.with_for_update(skip_locked=True)
+        await session.exec(delete(table).where(col(table.id).in_(old)))
+    if settings.max_failed_logins == 0:
+        return
+    await take_turns(await session.connection(), int(pair[:15], 16))
+    newest = (
+        select(LoginAttempt.created_at)
+        .where(LoginAttempt.pair_hash == pair, LoginAttempt.created_at > since)
+        .order_by(col(LoginAttempt.created_at).desc())
+        .limit(settings.max_failed_logins)
+    )
+    failed = (await session.exec(newest)).all()
+    if len(failed) == settings.max_failed_logins:
+        wait = (failed[-1] - since).total_seconds()
+        headers = {"Retry-After": str(int(wait) + 1)}
+        detail = "Too many failed logins, try again later"
+        raise OAuth2Error("invalid_grant", detail, 429, headers)
+    session.add(LoginAttempt(pair_hash=pair))
+
+
+async def renew(session: AsyncSession, refresh_token: str) -> Token:
+    """Return new tokens for a login, or raise `invalid_grant`, having ended it."""
+    family, _, spent = refresh_token.partition(".")
+    secret = token_urlsafe(32)
+    # One statement decides: of several uses at once, one finds the secret unspent.
+    rotated = await session.exec(
+        update(Login)
+        .where(
+            col(Login.family_hash) == digest(family),
+            col(Login.secret_hash) == digest(spent),
+            col(Login.expires_at) > utc_now(),
+            col(Login.user_id).in_(select(User.id).where(User.is_active)),
+        )
+        .values(secret_hash=digest(secret), expires_at=refresh_expiry())
+        .returning(col(Login.id), col(Login.user_id))
+    )
+    if row := rotated.first():
+        return make_token(row[0], row[1], f"{family}.{secret}")
+    await session.exec(delete(Login).where(col(Login.family_hash) == digest(family)))
+    await session.commit()  # the error below would undo it
+    raise OAuth2Error("invalid_grant", "Log in again: the refresh token is not valid")
+
+
+@auth.post("/revoke", response_class=Response)
+async def revoke_token(
+    form: Annotated[RevocationRequest, Form()], session: SessionDep
+) -> Response:
+    """Log out: end the login behind an access or refresh token (RFC 7009).
+
+    Unknown tokens are answered alike; expired and spent ones end their login too.
+    """
+    if not form.token:
+        raise OAuth2Error("invalid_request", "Send the token to revoke")
+    family = digest(form.token.partition(".")[0])
+    claims = read_access_token(form.token, expired=True)
+    await session.exec(
+        delete(Login).where(
+            (col(Login.family_hash) == family)
+            | (col(Login.id) == (claims.sid if claims else None))
+        )
+    )
+    return Response(headers={"Cache-Control": "no-store"})
+
+
+# --- Routes: users
+
+users = APIRouter(
+    prefix=f"{settings.api_v1_prefix}/users",
+    tags=["users"],
+    responses=problems(503) | TOO_LARGE,
+)
+
+
+@users.post("", response_model=UserPublic, status_code=201, responses=problems(400))
+async def create_user(body: UserCreate, session: SessionDep) -> User:
+    """Register. The email is kept in lower case; one email, one user."""
+    fields = body.model_dump(exclude={"password"})
+    user = User(**fields, hashed_password=await hash_password(body.password))
+    session.add(user)
+    await session.flush()  # a taken email shows here, even in a race
+    return user
+
+
+@users.get("", response_model=list[UserPublic], responses=problems(401, 403) | LINK)
+async def list_users(
+    token: TokenDep, page: PageDep, request: Request, response: Response
+) -> list[User]:
+    """List all users, page by page; for superusers."""
+    rows = await fetch(ALL_USERS, token, **page.model_dump())
+    if not rows[0][0]:
+        raise HTTPException(403, "Only a superuser may list users")
+    return one_page(rows, page, request, response)
+
+
+@users.get("/me", response_model=UserPublic, responses=problems(401))
+async def read_me(token: TokenDep) -> User:
+    """Return the user who is logged in."""
+    [(user, _)] = await fetch(CALLER, token)
+    return user
+
+
+@users.get("/{user_id}", response_model=UserPublic, responses=problems(401, 404))
+async def read_user(user_id: Id, token: TokenDep) -> User:
+    """Return a user: oneself, or anybody for a superuser."""
+    [(_, user)] = await fetch(USER, token, user_id=user_id)
+    return found(user)
+
+
+@users.patch("/me", response_model=UserPublic, responses=problems(400, 401, 403))
+async def update_me(changes: UserUpdate, token: TokenDep, session: SessionDep) -> User:
+    """Change what is sent of oneself; email and password need `current_password`."""
+    return await change_user(token.sub, changes, token, session)
+
+
+@users.patch(
+    "/{user_id}", response_model=UserPublic, responses=problems(400, 401, 403, 404)
+)
+async def update_user(
+    user_id: Id, changes: UserUpdate, token: TokenDep, session: SessionDep
+) -> User:
+    """Change what is sent of a user: oneself, or anybody for a superuser.
+
+    A new password ends the user's logins, but for the one that made this call.
+    """
+    return await change_user(user_id, changes, token, session)
+
+
+async def change_user(
+    user_id: int, changes: UserUpdate, token: AccessToken, session: AsyncSession
+) -> User:
+    """Return a user, changed as the caller may; raise 401, 403 or 404 otherwise."""
+    sent = changes.model_dump(exclude_unset=True)
+    guess, password = sent.pop("current_password", None), sent.pop("password", None)
+    [(caller, user)] = await fetch(USER, token, user_id=user_id)
+    old, own = found(user), user_id == token.sub
+    if {"is_active", "is_superuser"} & sent.keys() and (own or not caller.is_superuser):
+        raise HTTPException(
+            403, "Only a superuser may change is_active and is_superuser, of others"
+        )
+    proven = own and (password or sent.get("email", old.email) != old.email)
+    if proven:
+        async with hashing_turn():
+            right = guess and await is_password(guess, old.hashed_password)
+        if not right:
+            raise HTTPException(403, "current_password is missing or wrong")
+    if password:
+        sent["hashed_password"] = await hash_password(password)
+    # Only now the transaction: none is open while a password is hashed.
+    locked = select(User).where(User.id == user_id).with_for_update()
+    user = found((await session.exec(locked)).first())
+    if proven and user.hashed_password != old.hashed_password:
+        raise HTTPException(403, "current_password is missing or wrong")
+    user.sqlmodel_update(sent)
+    await session.flush()
+    if password or not user.is_active:  # after the row is locked: see `log_in`
+        ended = delete(Login).where(col(Login.user_id) == user_id)
+        await session.exec(ended.where(col(Login.id) != token.sid))
+    return user
+
+
+@users.delete("/me", status_code=204, responses=problems(401, 403))
+async def delete_me(token: TokenDep, session: SessionDep) -> None:
+    """Delete oneself, with all items and logins; not for superusers."""
+    await remove_user(token.sub, token, session)
+
+
+@users.delete("/{user_id}", status_code=204, responses=problems(401, 403, 404))
+async def delete_user(user_id: Id, token: TokenDep, session: SessionDep) -> None:
+    """Delete a user with all items and logins: oneself, or anybody for a superuser."""
+    await remove_user(user_id, token, session)
+
+
+async def remove_user(user_id: int, token: AccessToken, session: AsyncSession) -> None:
+    """Delete a user as the caller may; raise 401, 403 or 404 otherwise."""
+    [(caller, user)] = await fetch(USER, token, session, user_id=user_id)
+    if found(user).id == caller.id and caller.is_superuser:
+        raise HTTPException(403, "A superuser cannot delete themself")
+    await session.delete(user)  # the database deletes what is theirs
+
+
+# --- Routes: items
+
+items = APIRouter(
+    prefix=f"{settings.api_v1_prefix}/items",
+    tags=["items"],
+    responses=problems(401, 503) | TOO_LARGE,
+)
+
+
+@items.post("", response_model=ItemPublic, status_code=201)
+async def create_item(body: ItemCreate, token: TokenDep, session: SessionDep) -> Item:
+    """Make an item of one's own."""
+    [(user, _)] = await fetch(CALLER, token, session)
+    item = Item(**body.model_dump(), owner_id=user.id)
+    session.add(item)
+    await session.flush()
+    return item
+
+
+@items.get("", response_model=list[ItemPublic], responses=LINK)
+async def list_items(
+    token: TokenDep,
+    page: PageDep,
+    request: Request,
+    response: Response,
+    owner_id: Annotated[int | None, Query(ge=1, le=MAX_ID)] = None,
+) -> list[Item]:
+    """List one's own items, page by page; a superuser sees all, or one owner's."""
+    values = page.model_dump()
+    rows = await fetch(OWNED_ITEMS, token, **values, owner_id=owner_id)
+    if rows[0][0] and owner_id is None:
+        rows = await fetch(ALL_ITEMS, token, **values)
+    return one_page(rows, page, request, response)
+
+
+@items.get("/{item_id}", response_model=ItemPublic, responses=problems(404))
+async def read_item(item_id: Id, token: TokenDep) -> Item:
+    """Return an item of one's own; any for a superuser."""
+    [(_, item)] = await fetch(ITEM, token, item_id=item_id)
+    return found(item)
+
+
+@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(404))
+async def update_item(
+    item_id: Id, changes: ItemUpdate, token: TokenDep, session: SessionDep
+) -> Item:
+    """Change what is sent of an item of one's own; of any for a superuser."""
+    [(_, item)] = await fetch(ITEM, token, session, item_id=item_id)
+    found(item).sqlmodel_update(changes.model_dump(exclude_unset=True))
+    await session.flush()
+    return item
+
+
+@items.delete("/{item_id}", status_code=204, responses=problems(404))
+async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None:
+    """Delete an item of one's own; any for a superuser."""
+    [(_, item)] = await fetch(ITEM, token, session, item_id=item_id)
+    await session.delete(found(item))
+
+
+# --- Routes: health, at the root and without a login
+
+health = APIRouter(tags=["health"])
+
+
+@health.get("/health")
+async def read_health() -> Status:
+    """Tell that the process is up; asks no database."""
+    return Status(status="healthy")
+
+
+@health.get("/ready", responses=problems(503))
+async def read_readiness() -> Status:
+    """Tell that the database answers; 503 while it does not."""
+    async with reads.connect() as connection:
+        await connection.execute(select(1))
+    return Status(status="ready")
+
+
+for router in (auth, users, items, health):
+    app.include_router(router)
