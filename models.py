@@ -41,9 +41,12 @@ def utc_now() -> datetime:
 class Timestamps(SQLModel):
     """When a row was made and when it last changed, on every table."""
 
-    created_at: datetime = Field(default_factory=utc_now)
+    created_at: datetime = Field(
+        default_factory=utc_now, sa_column_kwargs={"default": utc_now}
+    )
     updated_at: datetime = Field(
-        default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now}
+        default_factory=utc_now,
+        sa_column_kwargs={"default": utc_now, "onupdate": utc_now},
     )
 
 
@@ -106,6 +109,12 @@ class Body(SQLModel):
     model_config = {"extra": "forbid", "strict": True}
 
 
+class Answer(SQLModel):
+    """An answer's body: each field is always there, and its schema says so."""
+
+    model_config = {"json_schema_serialization_defaults_required": True}
+
+
 # --- Users
 
 
@@ -158,7 +167,7 @@ class UserUpdate(Body):
     model_config = {"json_schema_extra": {"example": {"full_name": "Ada King"}}}
 
 
-class UserPublic(Timestamps, UserBase):
+class UserPublic(Answer, Timestamps, UserBase):
     id: int
 
 
@@ -203,7 +212,7 @@ class ItemUpdate(Body):
     model_config = {"json_schema_extra": {"example": {"title": "Difference engine"}}}
 
 
-class ItemPublic(Timestamps, ItemBase):
+class ItemPublic(Answer, Timestamps, ItemBase):
     id: int
     owner_id: int
 
@@ -247,7 +256,7 @@ class LoginAttempt(Timestamps, table=True):
     )  # of email and client address: neither is kept
 
 
-class Token(SQLModel):
+class Token(Answer):
     """The answer of the token endpoint (RFC 6749, section 5.1)."""
 
     access_token: str
