@@ -10,6 +10,7 @@ calling, the application, then the routes. What is stored is in models.py.
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -18,7 +19,7 @@ from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, NoReturn, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import anyio
@@ -41,7 +42,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.security import OAuth2PasswordBearer
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     SecretStr,
@@ -75,6 +75,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models import (
     MAX_ID,
+    AccessToken,
     Email,
     Item,
     ItemCreate,
@@ -82,8 +83,12 @@ from models import (
     ItemUpdate,
     Login,
     LoginAttempt,
+    OAuth2Problem,
+    Page,
     Password,
+    Problem,
     RevocationRequest,
+    Status,
     Token,
     TokenRequest,
     User,
@@ -104,7 +109,7 @@ HERE = Path(__file__).parent
 def stop(problem: str) -> NoReturn:
     """End the start with one message instead of a page of traceback."""
     sys.tracebacklimit = 0
-    raise SystemExit(problem)
+    raise SystemExit(f"Cannot start. {problem}")
 
 
 def comma_separated(value: str | list[str]) -> list[str]:
@@ -112,111 +117,105 @@ def comma_separated(value: str | list[str]) -> list[str]:
     return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
 
 
-class Settings(BaseSettings):
-    """Everything that differs between installations; .env.example explains each."""
+DEVELOPMENT_KEY = "a key that everybody knows: for development only"
+IS_DEVELOPMENT = os.environ.get("FASTAPI_ENV") == "development"  # by `fastapi dev`
 
-    # Error messages never show the value: it may be a password.
+
+class Settings(BaseSettings):
+    """What differs between installations; the README explains each."""
+
     model_config = SettingsConfigDict(
-        env_file=HERE / ".env", extra="ignore", hide_input_in_errors=True
+        env_file=HERE / ".env",
+        extra="ignore",
+        hide_input_in_errors=True,  # a wrong value may be a password
     )
 
     app_name: str = "My API"
-    debug: bool = False  # log SQL statements, without their values
-    api_v1_prefix: Annotated[str, Field(pattern=r"^(/[\w.-]+)*$")] = "/api/v1"
-    secret_key: SecretStr | None = None  # signs access tokens
+    debug: bool = False  # log SQL statements, without values
+    api_v1_prefix: str = Field(default="/api/v1", pattern=r"^(/[\w.-]+)*$")
+    secret_key: SecretStr = SecretStr(DEVELOPMENT_KEY if IS_DEVELOPMENT else "")
     database_url: SecretStr = SecretStr(f"sqlite:///{HERE / 'app.db'}")
     database_pool_size: int = Field(default=10, ge=1)  # connections a worker
     database_timeout: float = Field(default=5, gt=0)  # seconds
     database_startup_timeout: float = Field(default=30, ge=0)  # seconds
-    database_statement_cache_size: int = Field(default=100, ge=0)  # 0: behind PgBouncer
+    database_statement_cache_size: int = Field(default=100, ge=0)  # statements
     migrate_on_startup: bool = True
-    access_token_expire_minutes: int = Field(default=30, ge=1)
-    refresh_token_expire_days: int = Field(default=30, ge=1)
-    bcrypt_rounds: int = Field(default=12, ge=4, le=31)
-    max_failed_logins: int = Field(default=10, ge=0)  # 0: off
-    max_body_size: int = Field(default=1024 * 1024, ge=0)  # bytes
-    cors_origins: Annotated[
-        list[str],
-        NoDecode,  # comma-separated text, not JSON
-        BeforeValidator(comma_separated),
-    ] = ["*"]
+    access_token_expire_minutes: int = Field(default=30, ge=1, le=60 * 24 * 365)
+    refresh_token_expire_days: int = Field(default=30, ge=1, le=3650)
+    bcrypt_rounds: int = Field(default=12, ge=4, le=31)  # 1 more: twice the time
+    max_failed_logins: int = Field(default=10, ge=0)  # in 15 minutes; 0: no limit
+    max_body_size: int = Field(default=2**20, ge=0)  # bytes
+    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(comma_separated)] = [
+        "*"
+    ]
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = None
 
     @model_validator(mode="after")
     def check(self) -> Self:
         """Refuse what would be unsafe or unusable."""
-        if self.secret_key is None and os.environ.get("FASTAPI_ENV") == "development":
-            self.secret_key = SecretStr("a key that everybody knows, for development")
-        if len(self.key.encode()) < 32:
+        if len(self.secret_key.get_secret_value().encode()) < 32:
             raise ValueError(
                 "SECRET_KEY must have at least 32 bytes. Make one with: "
                 "python -c 'import secrets; print(secrets.token_hex(32))'"
             )
-        scheme = self.database_url.get_secret_value().partition("://")[0]
-        if scheme.partition("+")[0] not in ("sqlite", "postgres", "postgresql"):
+        if not re.match(DATABASE_URL, self.database_url.get_secret_value()):
             raise ValueError(
-                "DATABASE_URL must be sqlite:///file.db "
+                "DATABASE_URL must look like sqlite:///file.db "
                 "or postgresql://user:password@host/database"
             )
-        if (self.first_superuser_email is None) != (
-            self.first_superuser_password is None
-        ):
+        if bool(self.first_superuser_email) != bool(self.first_superuser_password):
             raise ValueError(
                 "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another"
             )
         return self
 
-    @property
-    def key(self) -> str:
-        return self.secret_key.get_secret_value() if self.secret_key else ""
 
+DATABASE_URL = r"(sqlite|postgres|postgresql)(\+\w+)?://"
 
 try:
     settings = Settings()
 except ValidationError as error:
-    mistakes = [
-        f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}".removeprefix(
-            ": Value error, "
-        )
-        for e in error.errors()
-    ]
-    stop("Cannot start. " + "; ".join(mistakes))
+    stop(
+        "; ".join(
+            ": ".join([*(str(part).upper() for part in e["loc"]), e["msg"]])
+            for e in error.errors()
+        ).replace("Value error, ", "")
+    )
+SECRET_KEY = settings.secret_key.get_secret_value()
 
 
-# --- Database: one pool, one transaction a request, one round trip for a lone SELECT
+# --- Database: one transaction a request, or one round trip for a lone statement
 
-# What libpq understands in a URL and asyncpg would hand to the server as a parameter.
+# What hosting services write for libpq and asyncpg would hand on to the server.
 LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
-# Values, password hashes among them, stay out of the log at any level.
+# What it logs at DEBUG has the values of statements, hashes of passwords among them.
 logging.getLogger("aiosqlite").setLevel(logging.INFO)
 
 
-def make_engines(timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return the engine for transactions and the one for autocommit.
+def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return an engine for transactions and one for lone statements (AUTOCOMMIT).
 
-    `timeout`: seconds for a statement; None lets it run, as a migration may have to.
-    Reads are AUTOCOMMIT: a lone SELECT needs no BEGIN before and no ROLLBACK after it.
+    A lone statement is a transaction of its own: BEGIN, COMMIT and ROLLBACK around it
+    would be round trips for nothing. `statement_timeout`: seconds, None for no limit.
     """
-    url = settings.database_url.get_secret_value()
     options: dict[str, Any] = {
         "echo": settings.debug,
-        "hide_parameters": True,
-        "max_overflow": 0,
+        "hide_parameters": True,  # in the log and in errors
         "pool_size": settings.database_pool_size,
+        "max_overflow": 0,
         "pool_timeout": settings.database_timeout,
     }
+    url = settings.database_url.get_secret_value()
     if url.startswith("sqlite"):
         return sqlite_engines(url, options)
     parts = urlsplit(url)
     query = [(k, v) for k, v in parse_qsl(parts.query) if k not in LIBPQ_ONLY]
+    dsn = urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(query), ""))
     options["connect_args"] = {
-        # asyncpg reads URLs as libpq does: several hosts, target_session_attrs, sslmode
-        "dsn": urlunsplit(
-            ("postgresql", parts.netloc, parts.path, urlencode(query), "")
-        ),
+        "dsn": dsn,  # asyncpg reads it as libpq does: several hosts, sslmode and so on
         "timeout": settings.database_timeout,
-        "command_timeout": timeout,
+        "command_timeout": statement_timeout,
         "statement_cache_size": settings.database_statement_cache_size,
         "prepared_statement_cache_size": settings.database_statement_cache_size,
     }
@@ -225,14 +224,14 @@ def make_engines(timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
     )
 
     @event.listens_for(autocommit.sync_engine, "checkout")
-    def replace_closed(adapted: Any, *_: object) -> None:
-        # asyncpg knows that the server hung up: no ping needed to find out.
-        if adapted.driver_connection.is_closed():
+    def replace_closed(connection: Any, *_: object) -> None:
+        # asyncpg noticed if the server hung up: to ask it first costs a round trip.
+        if connection.driver_connection.is_closed():
             raise DisconnectionError
 
     @event.listens_for(autocommit.sync_engine, "handle_error")
     def drop_silent(context: Any) -> None:
-        # A server that did not answer in time: its late answer must meet nobody.
+        # The late answer of a server that did not answer in time must meet nobody.
         if isinstance(context.original_exception, TimeoutError):
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
@@ -243,58 +242,40 @@ def make_engines(timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
 def sqlite_engines(
     url: str, options: dict[str, Any]
 ) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return SQLite's two engines: one connection that writes, several that read.
+    """Return the same for SQLite: one connection for transactions, a pool for the rest.
 
-    SQLite has one writer at a time: here they wait in the pool's line, in turn, and
-    only writers of other processes are met at the file's lock.
+    SQLite has one writer at a time. Here transactions wait in line for the connection;
+    the file's lock, where who waits longest may lose, is for other processes.
     """
-    url_ = make_url(url).set(drivername="sqlite+aiosqlite")
+    file = make_url(url).set(drivername="sqlite+aiosqlite")
+    options["poolclass"] = AsyncAdaptedQueuePool
     options["connect_args"] = {
-        "isolation_level": None,
+        "isolation_level": None,  # the driver begins nothing by itself
         "timeout": settings.database_timeout,
     }
-    options["poolclass"] = AsyncAdaptedQueuePool
-    writes = create_async_engine(url_, **options | {"pool_size": 1})
+    transactions = create_async_engine(file, **options | {"pool_size": 1})
     autocommit = create_async_engine(
-        url_,
-        isolation_level="AUTOCOMMIT",
-        skip_autocommit_rollback=True,
-        **options,
+        file, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True, **options
     )
 
-    for engine_ in (writes, autocommit):
+    @event.listens_for(transactions.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A deferred BEGIN fails at once, without waiting, if it reads before it writes.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-        @event.listens_for(engine_.sync_engine, "connect")
+    for either in (transactions, autocommit):
+
+        @event.listens_for(either.sync_engine, "connect")
         def configure(connection: Any, _: object) -> None:
             connection.execute("PRAGMA journal_mode = WAL").close()
             connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
 
-    @event.listens_for(writes.sync_engine, "begin")
-    def begin(connection: Any) -> None:
-        # A deferred BEGIN that starts by reading fails at once when it comes to write.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    # A database in memory is its one connection.
-    return writes, writes if url_.database in (None, "", ":memory:") else autocommit
+    in_memory = file.database in (None, "", ":memory:")  # it is its one connection
+    return transactions, transactions if in_memory else autocommit
 
 
 engine, autocommit = make_engines(settings.database_timeout)
-
-
-SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR")
-OUTAGES = ("08", "25006", "40", "53", "55P03", "57")  # SQLSTATE classes worth a retry
-
-
-def is_outage(error: BaseException) -> bool:
-    """Tell a database that cannot serve just now from a mistake of ours."""
-    if not isinstance(error, DBAPIError):
-        return isinstance(error, OSError | PoolTimeoutError)  # TimeoutError is OSError
-    return (
-        error.connection_invalidated
-        or error.statement is None  # while connecting
-        or str(getattr(error.orig, "sqlstate", "")).startswith(OUTAGES)
-        or getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR") in SQLITE_OUTAGES
-    )
+IS_SQLITE = engine.dialect.name == "sqlite"
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -304,15 +285,29 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
         await session.commit()
 
 
-# "function": commit before the answer leaves, so that a 2xx is never a lie.
+# "function": the commit comes before the answer, so that a 2xx is never a lie.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 
 
 async def take_turns(connection: AsyncConnection, key: int) -> None:
     """Let one transaction at a time pass that has the same 64-bit key."""
-    # SQLite lets one write at a time pass anyway: BEGIN IMMEDIATE.
-    if engine.dialect.name == "postgresql":
+    if not IS_SQLITE:  # which lets one transaction at a time pass anyway
         await connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+# SQLSTATE classes and SQLite errors that pass: no connection, no room, shut down, lock.
+OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "SQLITE_BUSY", "SQLITE_CANTOPEN")
+
+
+def is_outage(error: Exception) -> bool:
+    """Tell a database that cannot serve just now from a mistake of ours."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(
+            error, OSError | PoolTimeoutError
+        )  # a TimeoutError is OSError
+    code = getattr(error.orig, "sqlstate", getattr(error.orig, "sqlite_errorname", ""))
+    connecting = error.statement is None
+    return connecting or error.connection_invalidated or str(code).startswith(OUTAGES)
 
 
 # --- Passwords and tokens: slow hashes in threads, short-lived proofs, one-time secrets
@@ -350,22 +345,65 @@ async def hash_password(password: str) -> str:
         return hashed.decode()
 
 
-async def is_password(password: str, hashed: str | None) -> bool:
-    """Tell whether a password is the hash's; takes the same time if there is none.
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal: enough for a random secret."""
+    return sha256(text.encode()).hexdigest()
 
-    Call it inside `hashing_turn` and outside a transaction.
+
+async def count_attempt(session: AsyncSession, pair: str) -> None:
+    """Store an attempt to log in; raise 429 if too many of late have failed.
+
+    `pair`: the digest of email and client address that attempts are counted by.
+    """
+    now = utc_now()
+    since = now - ATTEMPT_WINDOW
+    for table, condition in (
+        (LoginAttempt, col(LoginAttempt.created_at) < since),
+        (Login, col(Login.expires_at) < now),
+    ):  # what no longer counts goes, a little at each login, never waiting for a lock
+        old = select(table.id).where(condition).limit(100)
+        old = old.with_for_update(skip_locked=True)
+        await session.exec(delete(table).where(col(table.id).in_(old)))
+    if settings.max_failed_logins == 0:
+        return
+    await take_turns(await session.connection(), int(pair[:15], 16))
+    newest = (
+        select(LoginAttempt.created_at)
+        .where(LoginAttempt.pair_hash == pair, LoginAttempt.created_at > since)
+        .order_by(col(LoginAttempt.created_at).desc())
+        .limit(settings.max_failed_logins)
+    )
+    failed = (await session.exec(newest)).all()
+    if len(failed) == settings.max_failed_logins:
+        wait = (failed[-1] - since).total_seconds()
+        headers = {"Retry-After": str(int(wait) + 1)}
+        detail = "Too many failed logins, try again later"
+        raise OAuth2Error("invalid_grant", detail, 429, headers)
+    session.add(LoginAttempt(pair_hash=pair))
+
+
+async def check_password(
+    session: AsyncSession, pair: str, password: str, hashed: str | None
+) -> bool:
+    """Tell whether a password is the hash's, in the same time if there is none.
+
+    `pair`: as `count_attempt` takes it, which may raise 429. The session must be
+    outside a transaction, and is inside one afterwards if the password is right.
     """
     guess = password.encode()
-    right = await anyio.to_thread.run_sync(
-        bcrypt.checkpw, guess[:72], (hashed or NO_HASH).encode()
-    )
-    # bcrypt autocommit 72 bytes: a longer guess is wrong, however it begins.
-    return right and hashed is not None and len(guess) <= 72
-
-
-def digest(text: str) -> str:
-    """Return the SHA-256 of a text, hexadecimal: enough to store a random secret."""
-    return sha256(text.encode()).hexdigest()
+    async with hashing_turn():
+        await count_attempt(session, pair)
+        # Counted before it is hashed, so that a burst gets no more guesses than the
+        # limit, and committed: no connection is held while it is hashed.
+        await session.commit()
+        right = await anyio.to_thread.run_sync(
+            bcrypt.checkpw, guess[:72], (hashed or NO_HASH).encode()
+        )
+    # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
+    if not right or hashed is None or len(guess) > 72:
+        return False
+    await session.exec(delete(LoginAttempt).where(col(LoginAttempt.pair_hash) == pair))
+    return True
 
 
 def make_token(login_id: int, user_id: int, refresh_token: str) -> Token:
@@ -379,7 +417,7 @@ def make_token(login_id: int, user_id: int, refresh_token: str) -> Token:
         "exp": now + lifetime,
     }
     return Token(
-        access_token=jwt.encode(claims, settings.key, "HS256"),
+        access_token=jwt.encode(claims, SECRET_KEY, "HS256"),
         expires_in=lifetime,
         refresh_token=refresh_token,
     )
@@ -390,13 +428,6 @@ def refresh_expiry() -> datetime:
     return utc_now() + timedelta(days=settings.refresh_token_expire_days)
 
 
-class AccessToken(BaseModel):
-    """What a verified access token says: which user, by which login."""
-
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]
-    sid: Annotated[int, Field(ge=1, le=MAX_ID)]
-
-
 def read_access_token(token: str, *, expired: bool = False) -> AccessToken | None:
     """Return a token's claims; None if it is forged, expired or of another kind.
 
@@ -405,7 +436,7 @@ def read_access_token(token: str, *, expired: bool = False) -> AccessToken | Non
     try:
         claims = jwt.decode(
             token,
-            settings.key,
+            SECRET_KEY,
             algorithms=["HS256"],
             # iat is not checked: the clock of the host that issued it may be ahead
             options={
@@ -430,18 +461,20 @@ def not_found() -> HTTPException:
 def unauthorized() -> HTTPException:
     """Return the error for every token that does not count (RFC 6750)."""
     return HTTPException(
-        401, "Log in: the access token is not valid", {"WWW-Authenticate": "Bearer"}
+        401, "Log in: no valid access token was sent", {"WWW-Authenticate": "Bearer"}
     )
 
 
 AUTH_PATH = f"{settings.api_v1_prefix}/auth"
 TOKEN_URL = f"{AUTH_PATH}/token".removeprefix("/")  # relative: right under a root path
-oauth2 = OAuth2PasswordBearer(TOKEN_URL, refreshUrl=TOKEN_URL)
+oauth2 = OAuth2PasswordBearer(TOKEN_URL, refreshUrl=TOKEN_URL, auto_error=False)
 
 
-async def get_access_token(token: Annotated[str, Depends(oauth2)]) -> AccessToken:
+async def get_access_token(
+    token: Annotated[str | None, Depends(oauth2)],
+) -> AccessToken:
     """Return the verified claims of the request's bearer token, else raise 401."""
-    if claims := read_access_token(token):
+    if token and (claims := read_access_token(token)):
         return claims
     raise unauthorized()
 
@@ -504,15 +537,15 @@ async def load[T](
     statement: Select[T, bool],
     token: AccessToken,
     **values: object,
-) -> tuple[T, bool]:
-    """Return what a statement finds as an object to change in the session."""
+) -> T:
+    """Return what such a statement finds as an object for the session to change."""
     params = {"sid": token.sid, "sub": token.sub, **values}
     row = (await session.exec(statement, params=params)).first()
     if row is None:
         raise unauthorized()
     if row[0] is None:
         raise not_found()
-    return row
+    return row[0]
 
 
 # Built once: to build a statement costs a fifth of running it.
@@ -537,16 +570,6 @@ CREATE_ITEM = (
     )
     .returning(Item)
 )
-
-
-class Page(BaseModel):
-    """Which rows of a list to return, ascending by id."""
-
-    skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
-    limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
-    after: int = Field(
-        0, ge=0, le=MAX_ID, description="Start behind the row of this id"
-    )
 
 
 PageDep = Annotated[Page, Query()]
@@ -614,18 +637,17 @@ MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
 @asynccontextmanager
 async def migration_connection() -> AsyncGenerator[AsyncConnection]:
     """Yield a transaction to migrate in: one at a time, however many workers start."""
-    sqlite = engine.dialect.name == "sqlite"
-    patient = engine if sqlite else make_engines(timeout=None)[0]
+    patient = engine if IS_SQLITE else make_engines(statement_timeout=None)[0]
     async with patient.connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        if sqlite:  # to alter a table is to drop its old copy: that must not cascade
+        if IS_SQLITE:  # to alter a table is to drop its old copy: that must not cascade
             await driver.execute("PRAGMA foreign_keys = OFF")
         async with connection.begin():
             await take_turns(connection, MIGRATIONS)
             yield connection
-        if sqlite:
+        if IS_SQLITE:
             await driver.execute("PRAGMA foreign_keys = ON")
-    if not sqlite:
+    if not IS_SQLITE:
         await patient.dispose()
 
 
@@ -672,7 +694,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         except Exception as error:
             reason = describe(error)
             if not is_outage(error) or time.monotonic() > give_up:
-                stop(f"Cannot start: {reason}. Check DATABASE_URL")
+                stop(f"DATABASE_URL: {reason}")
             log.warning("Waiting for the database: %s", reason)
         await anyio.sleep(1)
     yield
@@ -706,25 +728,6 @@ class JSONErrorMiddleware:
             log.exception("Unforeseen error at %s %s", scope["method"], scope["path"])
             response = JSONResponse({"detail": "Internal server error"}, 500)
             await response(scope, receive, send)
-
-
-class Problem(BaseModel):
-    """An error: what was wrong and what to do."""
-
-    detail: str
-
-
-class OAuth2Problem(Problem):
-    """An error of the token and revocation endpoints (RFC 6749, section 5.2)."""
-
-    error: str
-    error_description: str
-
-
-class Status(BaseModel):
-    """The answer of a health check."""
-
-    status: Literal["healthy", "ready"]
 
 
 PROBLEMS = {
@@ -900,25 +903,19 @@ async def log_in(
     try:
         email = normal_email(username)
     except PydanticCustomError:
-        email = ""  # nobody's, yet it takes the same time
-    pair = digest(f"{email or username} {client}")
-    async with hashing_turn():
-        # Counted and committed before it is hashed: a burst gets no more guesses.
-        await count_attempt(session, pair)
-        user = (await session.exec(select(User).where(User.email == email))).first()
-        await session.commit()  # no connection is held while the password is hashed
-        right = await is_password(password, user.hashed_password if user else None)
+        email = username  # nobody's, and answered in the same time
+    user = (await session.exec(select(User).where(User.email == email))).first()
+    await session.commit()
+    known = user.hashed_password if user else None
+    right = await check_password(session, digest(f"{email} {client}"), password, known)
     if not (user and right):
         raise refused
     # Locked until the login is stored: a password change meanwhile would miss it.
     unchanged = select(User).where(
-        User.id == user.id,
-        User.hashed_password == user.hashed_password,
-        col(User.is_active),
+        User.id == user.id, User.hashed_password == known, col(User.is_active)
     )
     if not (await session.exec(unchanged.with_for_update(read=True))).first():
         raise refused
-    await session.exec(delete(LoginAttempt).where(col(LoginAttempt.pair_hash) == pair))
     family, secret = token_urlsafe(16), token_urlsafe(32)
     login = Login(
         user_id=user.id,
@@ -928,39 +925,7 @@ async def log_in(
     )
     session.add(login)
     await session.flush()
-    return make_token(login.id, login.user_id, f"{family}.{secret}")
-
-
-async def count_attempt(session: AsyncSession, pair: str) -> None:
-    """Store an attempt to log in; raise 429 if too many of late have failed.
-
-    `pair`: the digest of email and client address that attempts are counted by.
-    """
-    now = utc_now()
-    since = now - ATTEMPT_WINDOW
-    for table, condition in (
-        (LoginAttempt, col(LoginAttempt.created_at) < since),
-        (Login, col(Login.expires_at) < now),
-    ):  # what no longer counts goes, a little at each login, never waiting for a lock
-        old = select(table.id).where(condition).limit(100)
-        old = old.with_for_update(skip_locked=True)
-        await session.exec(delete(table).where(col(table.id).in_(old)))
-    if settings.max_failed_logins == 0:
-        return
-    await take_turns(await session.connection(), int(pair[:15], 16))
-    newest = (
-        select(LoginAttempt.created_at)
-        .where(LoginAttempt.pair_hash == pair, LoginAttempt.created_at > since)
-        .order_by(col(LoginAttempt.created_at).desc())
-        .limit(settings.max_failed_logins)
-    )
-    failed = (await session.exec(newest)).all()
-    if len(failed) == settings.max_failed_logins:
-        wait = (failed[-1] - since).total_seconds()
-        headers = {"Retry-After": str(int(wait) + 1)}
-        detail = "Too many failed logins, try again later"
-        raise OAuth2Error("invalid_grant", detail, 429, headers)
-    session.add(LoginAttempt(pair_hash=pair))
+    return make_token(login.id, user.id, f"{family}.{secret}")
 
 
 async def renew(session: AsyncSession, refresh_token: str) -> Token:
@@ -1082,10 +1047,10 @@ async def change_user(
         )
     proven = own and (password or sent.get("email", old.email) != old.email)
     if proven:
-        async with hashing_turn():
-            right = guess and await is_password(guess, old.hashed_password)
-        if not right:
+        pair = digest(f"password of {user_id}")
+        if not await check_password(session, pair, guess or "", old.hashed_password):
             raise HTTPException(403, "current_password is missing or wrong")
+        await session.commit()
     if password:
         sent["hashed_password"] = await hash_password(password)
     # Only now the transaction: none is open while a password is hashed.
@@ -1116,7 +1081,7 @@ async def delete_user(user_id: Id, token: TokenDep, session: SessionDep) -> None
 
 async def remove_user(user_id: int, token: AccessToken, session: AsyncSession) -> None:
     """Delete a user as the caller may; raise 401, 403 or 404 otherwise."""
-    user, _ = await load(session, READ_USER, token, user_id=user_id)
+    user = await load(session, READ_USER, token, user_id=user_id)
     if user.id == token.sub and user.is_superuser:
         raise HTTPException(403, "A superuser cannot delete themself")
     await session.delete(user)  # the database deletes what is theirs
@@ -1164,7 +1129,7 @@ async def update_item(
     item_id: Id, changes: ItemUpdate, token: TokenDep, session: SessionDep
 ) -> Item:
     """Change what is sent of an item of one's own; of any for a superuser."""
-    item, _ = await load(session, READ_ITEM, token, item_id=item_id)
+    item = await load(session, READ_ITEM, token, item_id=item_id)
     item.sqlmodel_update(changes.model_dump(exclude_unset=True))
     await session.flush()
     return item
@@ -1173,7 +1138,7 @@ async def update_item(
 @items.delete("/{item_id}", status_code=204, responses=problems(404))
 async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None:
     """Delete an item of one's own; any for a superuser."""
-    item, _ = await load(session, READ_ITEM, token, item_id=item_id)
+    item = await load(session, READ_ITEM, token, item_id=item_id)
     await session.delete(item)
 
 

@@ -7,7 +7,7 @@ tables, and a client could choose its own id. What comes in has its own, strict 
 """
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from email_validator import EmailNotValidError, validate_email
 from pydantic import MISSING, AfterValidator, StringConstraints, WithJsonSchema
@@ -265,6 +265,13 @@ class Token(Answer):
     refresh_token: str
 
 
+class AccessToken(SQLModel):
+    """What a verified access token says: which user, by which login."""
+
+    sub: int = Field(ge=1, le=MAX_ID)
+    sid: int = Field(ge=1, le=MAX_ID)
+
+
 class TokenRequest(SQLModel):
     """The form of the token endpoint (RFC 6749, sections 4.3.2 and 6)."""
 
@@ -290,3 +297,33 @@ class RevocationRequest(SQLModel):
     token: Text = ""
 
     model_config = {"json_schema_extra": {"example": {"token": "a refresh token"}}}
+
+
+# --- What all routes share
+
+
+class Page(SQLModel):
+    """Which rows of a list to return, ascending by id."""
+
+    skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
+    limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
+    after: int = Field(default=0, ge=0, le=MAX_ID, description="Id to start behind")
+
+
+class Problem(SQLModel):
+    """An error: what was wrong and what to do."""
+
+    detail: str
+
+
+class OAuth2Problem(Problem):
+    """An error of the token and revocation endpoints (RFC 6749, section 5.2)."""
+
+    error: str
+    error_description: str
+
+
+class Status(SQLModel):
+    """The answer of a health check."""
+
+    status: Literal["healthy", "ready"]
