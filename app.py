@@ -815,8 +815,10 @@ async def invalid_input(request: Request, error: RequestValidationError) -> Resp
         {"type": e["type"], "loc": e["loc"], "msg": e["msg"]} for e in error.errors()
     ]
     for e in errors:
-        if e["type"] == "extra_forbidden":  # the name, too, is what was sent
-            e["loc"] = e["loc"][:-1]
+        if e["type"] == "extra_forbidden":  # its name, too, is what was sent
+            body = request.scope["route"].body_field.field_info.annotation
+            allowed = ", ".join(body.model_fields)
+            e |= {"loc": e["loc"][:-1], "msg": f"Unknown field: send only {allowed}"}
     if AUTH_PATH in request.url.path:
         oauth2 = OAuth2Error("invalid_request", errors[0]["msg"])
         return await oauth2_error(request, oauth2)

