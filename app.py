@@ -40,6 +40,7 @@ from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
 from pydantic import (
     BeforeValidator,
@@ -71,6 +72,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from sqlmodel import bindparam, col, delete, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 from sqlmodel.sql.expression import Select
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models import (
@@ -86,11 +88,12 @@ from models import (
     OAuth2Problem,
     Page,
     Password,
+    PasswordGrant,
     Problem,
-    RevocationRequest,
+    RefreshGrant,
+    Revocation,
     Status,
     Token,
-    TokenRequest,
     User,
     UserCreate,
     UserPublic,
@@ -159,7 +162,11 @@ class Settings(BaseSettings):
                 "SECRET_KEY must have at least 32 bytes. Make one with: "
                 "python -c 'import secrets; print(secrets.token_hex(32))'"
             )
-        if not re.match(DATABASE_URL, self.database_url.get_secret_value()):
+        try:
+            scheme = urlsplit(self.database_url.get_secret_value()).scheme
+        except ValueError:  # whose message may show the URL
+            scheme = ""
+        if not re.fullmatch(r"(sqlite|postgres|postgresql)(\+\w+)?", scheme):
             raise ValueError(
                 "DATABASE_URL must look like sqlite:///file.db "
                 "or postgresql://user:password@host/database"
@@ -170,8 +177,6 @@ class Settings(BaseSettings):
             )
         return self
 
-
-DATABASE_URL = r"(sqlite|postgres|postgresql)(\+\w+)?://"
 
 try:
     settings = Settings()
@@ -259,7 +264,9 @@ def sqlite_engines(
     )
 
     @event.listens_for(transactions.sync_engine, "begin")
-    def begin(connection: Connection) -> None:
+    def begin(connection: Any) -> None:
+        if connection.connection.driver_connection.in_transaction:
+            connection.exec_driver_sql("ROLLBACK")  # what a failed COMMIT left
         # A deferred BEGIN fails at once, without waiting, if it reads before it writes.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -675,9 +682,11 @@ async def create_first_superuser() -> None:
 
 
 def describe(error: Exception) -> str:
-    """Return what went wrong, without what may be a piece of the database's URL."""
+    """Return what went wrong in a line; of a URL that cannot be read, show nothing."""
     cause = getattr(error, "driver_exception", None) or error
-    return type(cause).__name__ if isinstance(cause, ValueError) else str(cause)
+    if isinstance(cause, ValueError):
+        return "DATABASE_URL is not valid. Is the password percent-encoded?"
+    return f"The database, see DATABASE_URL: {cause}"
 
 
 @asynccontextmanager
@@ -694,8 +703,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         except Exception as error:
             reason = describe(error)
             if not is_outage(error) or time.monotonic() > give_up:
-                stop(f"DATABASE_URL: {reason}")
-            log.warning("Waiting for the database: %s", reason)
+                stop(reason)
+            log.warning("Trying again: %s", reason)
         await anyio.sleep(1)
     yield
     await engine.dispose()
@@ -808,6 +817,9 @@ app.add_middleware(
 )
 
 
+GRANT_TYPES = "grant_type must be password or refresh_token"
+
+
 @app.exception_handler(RequestValidationError)
 async def invalid_input(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
@@ -820,9 +832,27 @@ async def invalid_input(request: Request, error: RequestValidationError) -> Resp
             allowed = ", ".join(body.model_fields)
             e |= {"loc": e["loc"][:-1], "msg": f"Unknown field: send only {allowed}"}
     if AUTH_PATH in request.url.path:
-        oauth2 = OAuth2Error("invalid_request", errors[0]["msg"])
-        return await oauth2_error(request, oauth2)
+        first = error.errors()[0]
+        if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
+            mistake = OAuth2Error("unsupported_grant_type", GRANT_TYPES)
+        else:
+            name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
+            mistake = OAuth2Error("invalid_request", f"{name} is missing or not valid")
+        return await oauth2_error(request, mistake)
     return JSONResponse({"detail": errors}, 422)
+
+
+@app.exception_handler(405)
+async def method_not_allowed(request: Request, error: HTTPException) -> Response:
+    """Say which methods there are (RFC 9110): each route knows its own only."""
+    allowed = {
+        method
+        for route in iter_route_contexts(app.routes)
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    error.headers = {"Allow": ", ".join(sorted(allowed))}
+    return await http_exception_handler(request, error)
 
 
 @app.exception_handler(OAuth2Error)
@@ -875,26 +905,21 @@ auth = APIRouter(
 
 @auth.post("/token", responses=problems(429, model=OAuth2Problem))
 async def create_token(
-    form: Annotated[TokenRequest, Form()],
+    grant: Annotated[PasswordGrant | RefreshGrant, Form(discriminator="grant_type")],
     session: SessionDep,
     request: Request,
     response: Response,
 ) -> Token:
     """Log in with email and password, or renew a login with its refresh token.
 
-    OAuth2's token endpoint (RFC 6749): `grant_type` is `password`, with `username` (the
-    email) and `password`, or `refresh_token`, with `refresh_token`. A refresh token
-    works once; shown again, it ends its login (RFC 9700).
+    OAuth2's token endpoint (RFC 6749). A refresh token works once; shown again, it
+    ends its login (RFC 9700).
     """
     response.headers["Cache-Control"] = "no-store"
-    if form.grant_type == "password" and form.username and form.password:
-        client = request.client.host if request.client else ""
-        return await log_in(session, form.username, form.password, client)
-    if form.grant_type == "refresh_token" and form.refresh_token:
-        return await renew(session, form.refresh_token)
-    if form.grant_type in ("", "password", "refresh_token"):
-        raise OAuth2Error("invalid_request", "A parameter of the grant is missing")
-    raise OAuth2Error("unsupported_grant_type", "Use password or refresh_token")
+    if isinstance(grant, RefreshGrant):
+        return await renew(session, grant.refresh_token)
+    client = request.client.host if request.client else ""
+    return await log_in(session, grant.username, grant.password, client)
 
 
 async def log_in(
@@ -955,14 +980,12 @@ async def renew(session: AsyncSession, refresh_token: str) -> Token:
 
 @auth.post("/revoke", response_class=Response)
 async def revoke_token(
-    form: Annotated[RevocationRequest, Form()], session: SessionDep
+    form: Annotated[Revocation, Form()], session: SessionDep
 ) -> Response:
     """Log out: end the login behind an access or refresh token (RFC 7009).
 
     Unknown tokens are answered alike; expired and spent ones end their login too.
     """
-    if not form.token:
-        raise OAuth2Error("invalid_request", "Send the token to revoke")
     family = digest(form.token.partition(".")[0])
     claims = read_access_token(form.token, expired=True)
     await session.exec(
@@ -1016,14 +1039,14 @@ async def read_user(user_id: Id, token: TokenDep) -> Any:
     return await fetch_one(READ_USER, token, user_id=user_id)
 
 
-@users.patch("/me", response_model=UserPublic, responses=problems(400, 401, 403))
+@users.patch("/me", response_model=UserPublic, responses=problems(400, 401, 403, 429))
 async def update_me(changes: UserUpdate, token: TokenDep, session: SessionDep) -> User:
     """Change what is sent of oneself; email and password need `current_password`."""
     return await change_user(token.sub, changes, token, session)
 
 
 @users.patch(
-    "/{user_id}", response_model=UserPublic, responses=problems(400, 401, 403, 404)
+    "/{user_id}", response_model=UserPublic, responses=problems(400, 401, 403, 404, 429)
 )
 async def update_user(
     user_id: Id, changes: UserUpdate, token: TokenDep, session: SessionDep
@@ -1098,7 +1121,7 @@ items = APIRouter(
 )
 
 
-@items.post("", response_model=ItemPublic, status_code=201)
+@items.post("", response_model=ItemPublic, status_code=201, responses=problems(400))
 async def create_item(body: ItemCreate, token: TokenDep) -> Any:
     """Make an item of one's own."""
     return await fetch_one(CREATE_ITEM, token, **body.model_dump())
@@ -1126,7 +1149,7 @@ async def read_item(item_id: Id, token: TokenDep) -> Any:
     return await fetch_one(READ_ITEM, token, item_id=item_id)
 
 
-@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(404))
+@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(400, 404))
 async def update_item(
     item_id: Id, changes: ItemUpdate, token: TokenDep, session: SessionDep
 ) -> Item:

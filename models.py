@@ -9,6 +9,7 @@ tables, and a client could choose its own id. What comes in has its own, strict 
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
+import pydantic
 from email_validator import EmailNotValidError, validate_email
 from pydantic import MISSING, AfterValidator, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -85,7 +86,11 @@ def hashable(password: str) -> str:
     return password
 
 
-Text = Annotated[str, AfterValidator(storable)]
+Text = Annotated[
+    str,
+    AfterValidator(storable),
+    pydantic.Field(json_schema_extra={"pattern": "^[^\\u0000]*$"}),
+]
 Email = Annotated[
     Text,
     AfterValidator(normal_email),
@@ -272,31 +277,25 @@ class AccessToken(SQLModel):
     sid: int = Field(ge=1, le=MAX_ID)
 
 
-class TokenRequest(SQLModel):
-    """The form of the token endpoint (RFC 6749, sections 4.3.2 and 6)."""
+class PasswordGrant(SQLModel):
+    """The form that logs in (RFC 6749, section 4.3.2)."""
 
-    grant_type: Text = ""
-    username: Text = ""
-    password: Text = ""
-    refresh_token: Text = ""
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {
-                "grant_type": "password",
-                "username": "ada@example.com",
-                "password": "correct horse battery",
-            }
-        }
-    }
+    grant_type: Literal["password"]
+    username: Text = Field(min_length=1, description="The email")
+    password: Text = Field(min_length=1)
 
 
-class RevocationRequest(SQLModel):
-    """The form of the revocation endpoint (RFC 7009, section 2.1)."""
+class RefreshGrant(SQLModel):
+    """The form that renews a login (RFC 6749, section 6)."""
 
-    token: Text = ""
+    grant_type: Literal["refresh_token"]
+    refresh_token: Text = Field(min_length=1)
 
-    model_config = {"json_schema_extra": {"example": {"token": "a refresh token"}}}
+
+class Revocation(SQLModel):
+    """The form that ends a login (RFC 7009, section 2.1)."""
+
+    token: Text = Field(min_length=1, description="An access or refresh token")
 
 
 # --- What all routes share

