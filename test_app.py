@@ -1066,7 +1066,7 @@ async def test_what_goes_while_it_is_used_is_as_if_it_had_never_been(
 ) -> None:
     """A request meets a row that another transaction has deleted and not committed."""
     item = await alice.new_item()
-    for statement, call, status in (
+    cases: list[tuple[str, Callable[[], Any], int]] = [
         (
             f"DELETE FROM items WHERE id = {item['id']}",
             lambda: alice.patch(f"/items/{item['id']}", json={"title": "x"}),
@@ -1082,7 +1082,8 @@ async def test_what_goes_while_it_is_used_is_as_if_it_had_never_been(
             lambda: alice.patch("/users/me", json={"full_name": "x"}),
             404 if alice.database == "postgresql" else 401,
         ),
-    ):
+    ]
+    for statement, call, status in cases:
         async with alice.app.engine.begin() as connection:
             await connection.execute(text(statement))
             request = asyncio.create_task(call())
@@ -1451,8 +1452,8 @@ async def test_an_outage_of_the_database_is_survived_without_a_restart(
         database.ensure_postgres_running()
         await until(is_answered(server, "/ready", 200))
         headers = await log_in_at(server)
-        limits_ = httpx.Limits(max_connections=None)
-        async with server.client(headers=headers, limits=limits_) as client:
+        fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with server.client(headers=headers, limits=fresh) as client:
 
             async def statuses(count: int) -> list[int]:
                 reads = [client.get("/users/me") for _ in range(count)]
