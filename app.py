@@ -8,21 +8,24 @@ Read on from top to bottom: settings, database, passwords and tokens, who is
 calling, the application, then the routes. What is stored is in models.py.
 """
 
+import asyncio
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any, NoReturn, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from weakref import WeakValueDictionary
 
 import anyio
+import asyncpg
 import bcrypt
 import jwt
 from fastapi import (
@@ -42,6 +45,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
+from opentelemetry import trace
 from pydantic import (
     BeforeValidator,
     Field,
@@ -72,6 +76,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from sqlmodel import bindparam, col, delete, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 from sqlmodel.sql.expression import Select
+from starlette.datastructures import Headers
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -79,6 +84,8 @@ from models import (
     MAX_ID,
     AccessToken,
     Email,
+    Health,
+    Invalid,
     Item,
     ItemCreate,
     ItemPublic,
@@ -92,7 +99,6 @@ from models import (
     Problem,
     RefreshGrant,
     Revocation,
-    Status,
     Token,
     User,
     UserCreate,
@@ -214,12 +220,9 @@ def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEng
     url = settings.database_url.get_secret_value()
     if url.startswith("sqlite"):
         return sqlite_engines(url, options)
-    parts = urlsplit(url)
-    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in LIBPQ_ONLY]
-    dsn = urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(query), ""))
     options["connect_args"] = {
-        "dsn": dsn,  # asyncpg reads it as libpq does: several hosts, sslmode and so on
-        "timeout": settings.database_timeout,
+        "async_creator_fn": connect,
+        "hosts": postgresql_urls(url),
         "command_timeout": statement_timeout,
         "statement_cache_size": settings.database_statement_cache_size,
         "prepared_statement_cache_size": settings.database_statement_cache_size,
@@ -240,8 +243,42 @@ def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEng
         if isinstance(context.original_exception, TimeoutError):
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+            if context.connection:  # at once: a goodbye would wait for it, too
+                context.connection.connection.driver_connection.terminate()
 
     return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
+
+
+def postgresql_urls(url: str) -> list[str]:
+    """Return what asyncpg reads as libpq does (sslmode and so on), one URL a host."""
+    parts = urlsplit(url)
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in LIBPQ_ONLY]
+    user, at, hosts = parts.netloc.rpartition("@")
+    return [
+        urlunsplit(("postgresql", user + at + host, parts.path, urlencode(query), ""))
+        for host in hosts.split(",")
+    ]
+
+
+async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
+    """Return a connection to the first host that will do.
+
+    Each has its share of the time, or one that is silent would use up all of it.
+    """
+    error: Exception = OSError("DATABASE_URL names no host")
+    for host in hosts.copy():
+        try:
+            timeout = settings.database_timeout / len(hosts)
+            return await asyncpg.connect(host, timeout=timeout, **options)
+        except (
+            OSError,
+            asyncpg.PostgresError,
+            asyncpg.TargetServerAttributeNotMatched,
+        ) as e:
+            error = e
+            if host == hosts[0]:
+                hosts.append(hosts.pop(0))  # next time, begin with another
+    raise error
 
 
 def sqlite_engines(
@@ -322,25 +359,25 @@ def is_outage(error: Exception) -> bool:
 ATTEMPT_WINDOW = timedelta(minutes=15)
 # bcrypt is made to take long: more threads than cores would only slow the rest down.
 hashing = anyio.CapacityLimiter(os.cpu_count() or 1)
-MAX_HASHING_QUEUE = 100  # beyond it a wait would outlast the client's patience
+HASHING_PATIENCE = 15  # seconds to wait in line for a core, then 503
+pairs_in_turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 # A hash of no password, of the usual cost: an unknown email takes as long as a known.
 NO_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 
 
-def busy(detail: str) -> HTTPException:
-    """Return the error that asks the client to come back in a second."""
-    return HTTPException(503, detail, {"Retry-After": "1"})
-
-
 @asynccontextmanager
-async def hashing_turn() -> AsyncGenerator[None]:
-    """Wait in line for a core to hash on; raise 503 where the line is too long.
+async def hashing_turn(pair: str = "") -> AsyncGenerator[None]:
+    """Wait in line for a core to hash on, and for others of the same pair.
 
     Wait before the transaction, never inside: the line would hold every connection.
+    One guess of a pair at a time, or a burst of right ones would look like failures.
     """
-    if hashing.statistics().tasks_waiting >= MAX_HASHING_QUEUE:
-        raise busy("Too many logins at once, try again")
-    async with hashing:
+    async with AsyncExitStack() as turn:
+        with anyio.fail_after(HASHING_PATIENCE):
+            if pair:
+                lock = pairs_in_turn.setdefault(pair, asyncio.Lock())
+                await turn.enter_async_context(lock)
+            await turn.enter_async_context(hashing)
         yield
 
 
@@ -398,7 +435,7 @@ async def check_password(
     outside a transaction, and is inside one afterwards if the password is right.
     """
     guess = password.encode()
-    async with hashing_turn():
+    async with hashing_turn(pair):
         await count_attempt(session, pair)
         # Counted before it is hashed, so that a burst gets no more guesses than the
         # limit, and committed: no connection is held while it is hashed.
@@ -700,22 +737,24 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
                     await connection.run_sync(upgrade)
             await create_first_superuser()
             break
-        except Exception as error:
+        except (DBAPIError, OSError, ValueError) as error:
             reason = describe(error)
             if not is_outage(error) or time.monotonic() > give_up:
                 stop(reason)
             log.warning("Trying again: %s", reason)
         await anyio.sleep(1)
     yield
-    await engine.dispose()
-    await autocommit.dispose()
+    with anyio.move_on_after(2):  # seconds: a frozen database would not say goodbye
+        await engine.dispose()
+        await autocommit.dispose()
 
 
-class JSONErrorMiddleware:
-    """Answer an unforeseen error with JSON, 500, and log it.
+class ErrorMiddleware:
+    """Answer in JSON what no handler of FastAPI's can.
 
-    FastAPI's own handler for it raises again, and the server then drops the
-    connection with the client's next request on it.
+    An unforeseen error: FastAPI's handler raises it again, and the server then drops
+    the connection with the client's next request on it. A body that is declared too
+    large: Starlette's answer is plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -729,14 +768,22 @@ class JSONErrorMiddleware:
             started = True
             await send(message)
 
+        async def answer(status: int, detail: str) -> None:
+            await JSONResponse({"detail": detail}, status)(scope, receive, send)
+
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        size = Headers(scope=scope).get("content-length", "")
+        if size.isdecimal() and int(size[:20]) > settings.max_body_size:
+            return await answer(413, "Content Too Large")
         try:
             await self.app(scope, receive, watch)
-        except Exception:
-            if started or scope["type"] != "http":
+        except Exception as error:
+            if started:
                 raise
             log.exception("Unforeseen error at %s %s", scope["method"], scope["path"])
-            response = JSONResponse({"detail": "Internal server error"}, 500)
-            await response(scope, receive, send)
+            trace.get_current_span().record_exception(error)
+            await answer(500, "Internal server error")
 
 
 PROBLEMS = {
@@ -745,22 +792,21 @@ PROBLEMS = {
     403: "Not yours to do",
     404: "Nothing there that you may see",
     429: "Too many failed logins: wait for `Retry-After` seconds",
+    413: "The body is larger than `MAX_BODY_SIZE`",
+    422: "The input is not valid; `detail` says where and why",
     503: "The service cannot do it just now: try again after `Retry-After` seconds",
-}
-TOO_LARGE: dict[int | str, dict[str, Any]] = {
-    413: {
-        "description": "The body is larger than `MAX_BODY_SIZE`",
-        "content": {
-            "application/json": {"schema": Problem.model_json_schema()},
-            "text/plain": {"schema": {"type": "string"}},
-        },
-    }
 }
 
 
 def problems(*codes: int, model: type = Problem) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI description of the errors of a route."""
-    return {code: {"model": model, "description": PROBLEMS[code]} for code in codes}
+    return {
+        code: {
+            "model": Invalid if code == 422 else model,
+            "description": PROBLEMS[code],
+        }
+        for code in codes
+    }
 
 
 LINK: dict[int | str, dict[str, Any]] = {
@@ -793,7 +839,7 @@ app = FastAPI(
     title=settings.app_name,
     version="1.0.0",
     summary="Users, items and logins.",
-    description="Register with `POST /users`, then log in by **Authorize**.",
+    description="Register by `create_user`, then log in by **Authorize**.",
     openapi_url=f"{settings.api_v1_prefix}/openapi.json",
     openapi_tags=[
         {"name": "auth", "description": "Logins: OAuth2 tokens, got and given back."},
@@ -803,10 +849,9 @@ app = FastAPI(
     ],
     generate_unique_id_function=lambda route: route.name,
     lifespan=lifespan,
-    max_body_size=settings.max_body_size,
     redirect_slashes=False,  # a redirect would be built from the client's Host
 )
-app.add_middleware(JSONErrorMiddleware)
+app.add_middleware(ErrorMiddleware)
 app.add_middleware(
     CORSMiddleware,
     allow_origins=settings.cors_origins,
@@ -888,10 +933,12 @@ async def unavailable(request: Request, error: Exception) -> Response:
     """Answer for a database that is away, frozen or overloaded: come back later."""
     if not is_outage(error):
         raise error
-    log.warning("Database unavailable: %s", type(error).__name__)
-    return await http_exception_handler(
-        request, busy("The database is busy, try again")
-    )
+    log.warning("Answered 503 for %s", type(error).__name__)
+    detail, headers = "The service is busy, try again", {"Retry-After": "1"}
+    if AUTH_PATH in request.url.path:
+        problem = OAuth2Error("temporarily_unavailable", detail, 503, headers)
+        return await oauth2_error(request, problem)
+    return JSONResponse({"detail": detail}, 503, headers)
 
 
 # --- Routes: auth
@@ -899,7 +946,8 @@ async def unavailable(request: Request, error: Exception) -> Response:
 auth = APIRouter(
     prefix=AUTH_PATH,
     tags=["auth"],
-    responses=problems(400, 503, model=OAuth2Problem) | TOO_LARGE,
+    max_body_size=settings.max_body_size,
+    responses=problems(400, 413, 503, model=OAuth2Problem),
 )
 
 
@@ -1005,11 +1053,14 @@ app.include_router(auth)
 users = APIRouter(
     prefix=f"{settings.api_v1_prefix}/users",
     tags=["users"],
-    responses=problems(503) | TOO_LARGE,
+    max_body_size=settings.max_body_size,
+    responses=problems(413, 503),
 )
 
 
-@users.post("", response_model=UserPublic, status_code=201, responses=problems(400))
+@users.post(
+    "", response_model=UserPublic, status_code=201, responses=problems(400, 422)
+)
 async def create_user(body: UserCreate, session: SessionDep) -> User:
     """Register. The email is kept in lower case; one email, one user."""
     fields = body.model_dump(exclude={"password"})
@@ -1019,7 +1070,9 @@ async def create_user(body: UserCreate, session: SessionDep) -> User:
     return user
 
 
-@users.get("", response_model=list[UserPublic], responses=problems(401, 403) | LINK)
+@users.get(
+    "", response_model=list[UserPublic], responses=problems(401, 403, 422) | LINK
+)
 async def list_users(
     token: TokenDep, page: PageDep, request: Request, response: Response
 ) -> Any:
@@ -1036,20 +1089,24 @@ async def read_me(token: TokenDep) -> Any:
     return await fetch_one(READ_ME, token)
 
 
-@users.get("/{user_id}", response_model=UserPublic, responses=problems(401, 404))
+@users.get("/{user_id}", response_model=UserPublic, responses=problems(401, 404, 422))
 async def read_user(user_id: Id, token: TokenDep) -> Any:
     """Return a user: oneself, or anybody for a superuser."""
     return await fetch_one(READ_USER, token, user_id=user_id)
 
 
-@users.patch("/me", response_model=UserPublic, responses=problems(400, 401, 403, 429))
+@users.patch(
+    "/me", response_model=UserPublic, responses=problems(400, 401, 403, 422, 429)
+)
 async def update_me(changes: UserUpdate, token: TokenDep, session: SessionDep) -> User:
     """Change what is sent of oneself; email and password need `current_password`."""
     return await change_user(token.sub, changes, token, session)
 
 
 @users.patch(
-    "/{user_id}", response_model=UserPublic, responses=problems(400, 401, 403, 404, 429)
+    "/{user_id}",
+    response_model=UserPublic,
+    responses=problems(400, 401, 403, 404, 422, 429),
 )
 async def update_user(
     user_id: Id, changes: UserUpdate, token: TokenDep, session: SessionDep
@@ -1101,7 +1158,7 @@ async def delete_me(token: TokenDep, session: SessionDep) -> None:
     await remove_user(token.sub, token, session)
 
 
-@users.delete("/{user_id}", status_code=204, responses=problems(401, 403, 404))
+@users.delete("/{user_id}", status_code=204, responses=problems(401, 403, 404, 422))
 async def delete_user(user_id: Id, token: TokenDep, session: SessionDep) -> None:
     """Delete a user with all items and logins: oneself, or anybody for a superuser."""
     await remove_user(user_id, token, session)
@@ -1123,23 +1180,28 @@ app.include_router(users)
 items = APIRouter(
     prefix=f"{settings.api_v1_prefix}/items",
     tags=["items"],
-    responses=problems(401, 503) | TOO_LARGE,
+    max_body_size=settings.max_body_size,
+    responses=problems(401, 413, 503),
 )
 
 
-@items.post("", response_model=ItemPublic, status_code=201, responses=problems(400))
+@items.post(
+    "", response_model=ItemPublic, status_code=201, responses=problems(400, 422)
+)
 async def create_item(body: ItemCreate, token: TokenDep) -> Any:
     """Make an item of one's own."""
     return await fetch_one(CREATE_ITEM, token, **body.model_dump())
 
 
-@items.get("", response_model=list[ItemPublic], responses=LINK)
+@items.get("", response_model=list[ItemPublic], responses=problems(422) | LINK)
 async def list_items(
     token: TokenDep,
     page: PageDep,
     request: Request,
     response: Response,
-    owner_id: Annotated[int | None, Query(ge=1, le=MAX_ID)] = None,
+    owner_id: Annotated[
+        int | None, Query(ge=1, le=MAX_ID, description="Of this user only")
+    ] = None,
 ) -> Any:
     """List one's own items, page by page; a superuser sees all, or one owner's."""
     values = page.model_dump()
@@ -1149,13 +1211,13 @@ async def list_items(
     return one_page(rows, page, request, response)
 
 
-@items.get("/{item_id}", response_model=ItemPublic, responses=problems(404))
+@items.get("/{item_id}", response_model=ItemPublic, responses=problems(404, 422))
 async def read_item(item_id: Id, token: TokenDep) -> Any:
     """Return an item of one's own; any for a superuser."""
     return await fetch_one(READ_ITEM, token, item_id=item_id)
 
 
-@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(400, 404))
+@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(400, 404, 422))
 async def update_item(
     item_id: Id, changes: ItemUpdate, token: TokenDep, session: SessionDep
 ) -> Item:
@@ -1166,7 +1228,7 @@ async def update_item(
     return item
 
 
-@items.delete("/{item_id}", status_code=204, responses=problems(404))
+@items.delete("/{item_id}", status_code=204, responses=problems(404, 422))
 async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None:
     """Delete an item of one's own; any for a superuser."""
     item = await load(session, READ_ITEM, token, item_id=item_id)
@@ -1182,17 +1244,17 @@ health = APIRouter(tags=["health"])
 
 
 @health.get("/health")
-async def read_health() -> Status:
+async def read_health() -> Health:
     """Tell that the process is up; asks no database."""
-    return Status(status="healthy")
+    return Health(status="healthy")
 
 
 @health.get("/ready", responses=problems(503))
-async def read_readiness() -> Status:
+async def read_readiness() -> Health:
     """Tell that the database answers; 503 while it does not."""
     async with autocommit.connect() as connection:
         await connection.execute(select(1))
-    return Status(status="ready")
+    return Health(status="ready")
 
 
 app.include_router(health)

@@ -9,10 +9,16 @@ tables, and a client could choose its own id. What comes in has its own, strict 
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-import pydantic
 from email_validator import EmailNotValidError, validate_email
-from pydantic import MISSING, AfterValidator, StringConstraints, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    MISSING,
+    AfterValidator,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
 from sqlmodel import Field, SQLModel
 
@@ -86,11 +92,17 @@ def hashable(password: str) -> str:
     return password
 
 
-Text = Annotated[
-    str,
-    AfterValidator(storable),
-    pydantic.Field(json_schema_extra={"pattern": "^[^\\u0000]*$"}),
-]
+class Storable(AfterValidator):
+    """The check above, and its pattern in the API's documents."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return handler(schema) | {"pattern": "^[^\\u0000]*$"}
+
+
+STORABLE = Storable(storable)  # behind the constraints of length, whose errors it hides
+Text = Annotated[str, STORABLE]
 Email = Annotated[
     Text,
     AfterValidator(normal_email),
@@ -103,9 +115,9 @@ Password = Annotated[
         {"type": "string", "format": "password", "minLength": 8, "maxLength": 72}
     ),
 ]
-FullName = Annotated[Text, StringConstraints(max_length=255)]
-Title = Annotated[Text, StringConstraints(min_length=1, max_length=255)]
-Description = Annotated[Text, StringConstraints(max_length=10_000)]
+FullName = Annotated[str, StringConstraints(max_length=255), STORABLE]
+Title = Annotated[str, StringConstraints(min_length=1, max_length=255), STORABLE]
+Description = Annotated[str, StringConstraints(max_length=10_000), STORABLE]
 
 
 class Body(SQLModel):
@@ -284,6 +296,16 @@ class PasswordGrant(SQLModel):
     username: Text = Field(min_length=1, description="The email")
     password: Text = Field(min_length=1)
 
+    model_config = {
+        "json_schema_extra": {
+            "example": {
+                "grant_type": "password",
+                "username": "ada@example.com",
+                "password": "correct horse battery",
+            }
+        }
+    }
+
 
 class RefreshGrant(SQLModel):
     """The form that renews a login (RFC 6749, section 6)."""
@@ -291,11 +313,21 @@ class RefreshGrant(SQLModel):
     grant_type: Literal["refresh_token"]
     refresh_token: Text = Field(min_length=1)
 
+    model_config = {
+        "json_schema_extra": {
+            "example": {"grant_type": "refresh_token", "refresh_token": "mdfW.2fwu"}
+        }
+    }
+
 
 class Revocation(SQLModel):
     """The form that ends a login (RFC 7009, section 2.1)."""
 
-    token: Text = Field(min_length=1, description="An access or refresh token")
+    token: Text = Field(
+        min_length=1,
+        description="An access or refresh token",
+        schema_extra={"examples": ["mdfW.2fwu"]},
+    )
 
 
 # --- What all routes share
@@ -322,7 +354,21 @@ class OAuth2Problem(Problem):
     error_description: str
 
 
-class Status(SQLModel):
+class InvalidField(SQLModel):
+    """What is wrong with the input, and where."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Invalid(SQLModel):
+    """All that is wrong with the input."""
+
+    detail: list[InvalidField]
+
+
+class Health(SQLModel):
     """The answer of a health check."""
 
     status: Literal["healthy", "ready"]
