@@ -270,14 +270,9 @@ async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
         try:
             timeout = settings.database_timeout / len(hosts)
             return await asyncpg.connect(host, timeout=timeout, **options)
-        except (
-            OSError,
-            asyncpg.PostgresError,
-            asyncpg.TargetServerAttributeNotMatched,
-        ) as e:
-            error = e
-            if host == hosts[0]:
-                hosts.append(hosts.pop(0))  # next time, begin with another
+        except (OSError, asyncpg.PostgresError, asyncpg.InternalClientError) as failure:
+            error = failure
+            hosts.sort(key=host.__eq__)  # to the end: next time, begin with another
     raise error
 
 
@@ -723,7 +718,7 @@ def describe(error: Exception) -> str:
     cause = getattr(error, "driver_exception", None) or error
     if isinstance(cause, ValueError):
         return "DATABASE_URL is not valid. Is the password percent-encoded?"
-    return f"The database, see DATABASE_URL: {cause}"
+    return f"The database, see DATABASE_URL: {str(cause) or type(cause).__name__}"
 
 
 @asynccontextmanager

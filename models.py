@@ -73,7 +73,8 @@ def storable(text: str) -> str:
 def normal_email(text: str) -> str:
     """Return an address as it is stored, so that two spellings are one user."""
     try:
-        email = validate_email(text, check_deliverability=False).normalized.lower()
+        parts = validate_email(text, check_deliverability=False, test_environment=True)
+        email = parts.normalized.lower()
     except EmailNotValidError:  # its message may repeat what was sent
         email = ""
     if not 0 < len(email) <= 254:

@@ -562,6 +562,7 @@ async def test_revocation_ends_the_login_behind_any_of_its_tokens(
     assert (answer.status_code, answer.content) == (200, b"")
     assert (await alice.get("/users/me")).status_code == 401
     assert (await refresh(alice)).status_code == 400
+    assert (await alice.patch("/items/1", json={})).status_code == 401
     assert (await other.get("/users/me")).status_code == 200
 
 
@@ -640,9 +641,13 @@ async def test_a_login_with_the_old_password_does_not_outlive_its_change(
     monkeypatch.setattr(bcrypt, "checkpw", checkpw)
     form = {"grant_type": "password", "username": email, "password": PASSWORD}
     assert (await alice.grant(**form)).json()["error"] == "invalid_grant"
+    # So does a change that was proven with it.
+    old = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
+    await alice.sql(statement, new=old, email=email)
     change = {"password": "a third one", "current_password": PASSWORD}
-    alice_again = await alice.patch("/users/me", json=change)
-    assert alice_again.status_code == 403
+    assert (await alice.patch("/users/me", json=change)).status_code == 403
+    monkeypatch.undo()
+    await alice.log_in(email, "another one")
 
 
 def changed(claim: str, value: Any) -> Any:
@@ -1199,7 +1204,8 @@ def test_the_development_key_serves_in_development_only(
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("postgresql://u:s3cr3t@127.0.0.1:1/d", "Connection refused"),
+        ("postgresql://u:s3cr3t@127.0.0.1:1/d", "127.0.0.1"),
+        ("postgresql://u:s3cr3t@127.0.0.1:{silent}/d", "TimeoutError"),
         ("postgresql://u:s3cr3t@127.0.0.1:x/d", "DATABASE_URL is not valid"),
         ("sqlite:////no/such/folder/app.db", "unable to open database file"),
     ],
@@ -1208,10 +1214,13 @@ async def test_a_database_out_of_reach_stops_the_start_in_the_end(
     monkeypatch: pytest.MonkeyPatch, url: str, problem: str
 ) -> None:
     monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
-    app = load_app(monkeypatch, DATABASE_URL=url, DATABASE_STARTUP_TIMEOUT="0.5")
-    with pytest.raises(SystemExit) as stopped:
-        async with app.lifespan(app.app):
-            pass
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes, never answers
+        url = url.replace("{silent}", str(silent.getsockname()[1]))
+        limits = {"DATABASE_STARTUP_TIMEOUT": "0.5", "DATABASE_TIMEOUT": "0.2"}
+        app = load_app(monkeypatch, DATABASE_URL=url, **limits)
+        with pytest.raises(SystemExit) as stopped:
+            async with app.lifespan(app.app):
+                pass
     assert problem in str(stopped.value)
     assert "s3cr3t" not in str(stopped.value)
     await app.engine.dispose()
@@ -1552,3 +1561,126 @@ async def test_an_outage_of_the_database_is_survived_without_a_restart(
             await until(is_answered(server, "/ready", 200), within=5)
             assert set(await statuses(30)) == {200, 201}
     database.cleanup()
+
+
+# --- What is written down: the API's documents, the README, the settings
+
+
+def test_the_api_describes_itself(api: Client) -> None:
+    document = api.app.app.openapi()
+    operations = {
+        (method, path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert len(operations) == 17
+    names = {operation["operationId"] for operation in operations.values()}
+    assert {"create_user", "read_me", "list_items", "create_token"} < names
+    tags = {tag["name"] for tag in document["tags"] if tag["description"]}
+    for (method, path), operation in operations.items():
+        assert operation["description"]
+        assert set(operation["tags"]) <= tags
+        for status, answer in operation["responses"].items():
+            if status not in {"200", "201", "204"}:
+                [schema] = [c["schema"]["$ref"] for c in answer["content"].values()]
+                assert "Problem" in schema or "Invalid" in schema or "/auth/" in path
+        public = "/auth/" in path or path in {"/health", "/ready"}
+        assert ("security" in operation) == (
+            not public and (method, path) != ("post", "/api/v1/users")
+        )
+    schemas = document["components"]["schemas"]
+    for name in ("UserCreate", "UserUpdate", "ItemCreate", "ItemUpdate"):
+        assert schemas[name]["example"]
+        assert schemas[name]["additionalProperties"] is False
+    assert set(schemas["UserPublic"]["required"]) == set(
+        schemas["UserPublic"]["properties"]
+    )
+    assert "hashed_password" not in json.dumps(document)
+    flow = document["components"]["securitySchemes"]["OAuth2PasswordBearer"]["flows"]
+    assert flow["password"]["refreshUrl"] == flow["password"]["tokenUrl"]
+
+
+async def test_the_documents_are_served(api: Client) -> None:
+    for url in ("/docs", "/redoc", "/api/v1/openapi.json"):
+        assert (await api.get(f"http://test{url}")).status_code == 200
+
+
+def test_the_readme_and_the_example_name_every_setting(api: Client) -> None:
+    fields = type(api.app.settings).model_fields
+    readme = (HERE / "README.md").read_text().partition("\n## Settings\n")[2]
+    rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (.+?) \|", readme, re.M))
+    example = dict(
+        re.findall(r"^#([A-Z_0-9]+)=(.*)$", (HERE / ".env.example").read_text(), re.M)
+    )
+    assert list(rows) == list(example) == [name.upper() for name in fields]
+    for name, field in fields.items():
+        default = field.default
+        if isinstance(default, list):
+            default = ",".join(default)
+        if isinstance(default, bool):
+            default = str(default).lower()
+        if name not in {"secret_key", "database_url"} and default is not None:
+            assert rows[name.upper()] == f"`{default}`"
+            assert example[name.upper()] == str(default)
+
+
+# --- Fuzzing
+
+
+@pytest.mark.parametrize("database", DATABASES)
+async def test_the_api_keeps_to_its_schema_whatever_is_sent(
+    database: str, postgres: Postgres, tmp_path: Path
+) -> None:
+    """Schemathesis: all its checks and phases, as anybody, user and superuser."""
+    sqlite = f"sqlite:///{tmp_path / 'app.db'}"
+    url = sqlite if database == "sqlite" else postgres.create_database()
+    with serve(tmp_path, url, MAX_FAILED_LOGINS="0") as server:
+        await until(is_answered(server, "/ready", 200))
+        superuser = await log_in_at(server)
+        user = {"email": "user@example.com", "password": PASSWORD}
+        form = {
+            "grant_type": "password",
+            "username": user["email"],
+            "password": PASSWORD,
+        }
+        async with server.client() as client:
+            assert (await client.post("/users", json=user)).status_code == 201
+            tokens = (await client.post("/auth/token", data=form)).json()
+        user_token = f"Bearer {tokens['access_token']}"
+        (tmp_path / "hooks.py").write_text(FUZZ_HOOKS)
+        (tmp_path / "config.toml").write_text(FUZZ_CONFIG)
+        cli = "from schemathesis.cli import schemathesis; schemathesis()"
+        command = [sys.executable, "-c", cli, "--config-file", "config.toml", "run"]
+        command += [f"{server.url}/api/v1/openapi.json", "--checks", "all", "-n", "10"]
+        command += ["--max-time", "5", "--warnings", "off", "--no-color"]
+        runs = [
+            await asyncio.create_subprocess_exec(
+                *(*command, *(f"-H{name}: {value}" for name, value in headers.items())),
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                stdout=subprocess.PIPE,
+            )
+            for headers in ({}, {"Authorization": user_token}, superuser)
+        ]
+        for run in runs:
+            output, _ = await run.communicate()
+            assert run.returncode == 0, output.decode()
+        assert b"Unforeseen error" not in server.log.read_bytes()
+
+
+# What the schema cannot say: the bytes of a password, which domains there are, and that
+# it is no mistake in the data if, say, an email is taken.
+FUZZ_HOOKS = r"""
+import schemathesis
+from hypothesis import strategies as st
+
+password = st.text("abcdefgh0123\xe9 ", min_size=8, max_size=36)
+email = st.from_regex(r"[a-z0-9]{1,20}@[a-z0-9]{1,20}\.org", fullmatch=True)
+schemathesis.openapi.format("password", password)
+schemathesis.openapi.format("email", email)
+"""
+FUZZ_CONFIG = """
+hooks = "hooks"
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400, 401, 403, 404, 429]
+"""
