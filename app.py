@@ -243,8 +243,8 @@ def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEng
         if isinstance(context.original_exception, TimeoutError):
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-            if context.connection:  # at once: a goodbye would wait for it, too
-                context.connection.connection.driver_connection.terminate()
+            # at once: to close it in order would be to wait for an answer again
+            context.connection.connection.driver_connection.terminate()
 
     return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
 
