@@ -60,10 +60,12 @@ from sqlalchemy import (
     Connection,
     Executable,
     Row,
+    column,
     event,
     func,
     insert,
     make_url,
+    table,
 )
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -394,13 +396,13 @@ async def count_attempt(session: AsyncSession, pair: str) -> None:
     """
     now = utc_now()
     since = now - ATTEMPT_WINDOW
-    for table, condition in (
+    for model, condition in (
         (LoginAttempt, col(LoginAttempt.created_at) < since),
         (Login, col(Login.expires_at) < now),
     ):  # what no longer counts goes, a little at each login, never waiting for a lock
-        old = select(table.id).where(condition).limit(100)
+        old = select(model.id).where(condition).limit(100)
         old = old.with_for_update(skip_locked=True)
-        await session.exec(delete(table).where(col(table.id).in_(old)))
+        await session.exec(delete(model).where(col(model.id).in_(old)))
     if settings.max_failed_logins == 0:
         return
     await take_turns(await session.connection(), int(pair[:15], 16))
@@ -688,9 +690,26 @@ async def migration_connection() -> AsyncGenerator[AsyncConnection]:
         await patient.dispose()
 
 
+async def schema_is_current() -> bool:
+    """Tell whether the database has seen every migration; False if in doubt.
+
+    Without Alembic: to import it takes as long as to import FastAPI.
+    """
+    files = (HERE / "migrations" / "versions").glob("*.py")
+    scripts = "\n".join(file.read_text() for file in files)
+    revisions = set(re.findall(r'^revision\b.* = "(\w+)"', scripts, re.M))
+    replaced = set(re.findall(r'^down_revision\b.* = "(\w+)"', scripts, re.M))
+    query: Any = select(column("version_num")).select_from(table("alembic_version"))
+    with suppress(DBAPIError):
+        async with autocommit.connect() as connection:
+            seen = (await connection.execute(query)).scalars().all()
+            return set(seen) == revisions - replaced
+    return False
+
+
 def upgrade(connection: Connection) -> None:
     """Run the migrations that the database has not seen."""
-    from alembic import command, config  # takes long to import: only where it is used
+    from alembic import command, config
 
     options = config.Config(HERE / "alembic.ini", attributes={"connection": connection})
     command.upgrade(options, "head")
@@ -725,7 +744,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     give_up = time.monotonic() + settings.database_startup_timeout
     while True:
         try:
-            if settings.migrate_on_startup:
+            if settings.migrate_on_startup and not await schema_is_current():
                 async with migration_connection() as connection:
                     await connection.run_sync(upgrade)
             await create_first_superuser()

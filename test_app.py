@@ -1258,6 +1258,23 @@ async def test_connections_that_died_while_idle_cost_no_request_an_error(
             await until(lambda: all(driver.is_closed() for driver in drivers))
 
 
+@pytest.mark.parametrize("database", DATABASES)
+async def test_a_schema_that_is_up_to_date_is_known_without_alembic(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: str
+) -> None:
+    sqlite = f"sqlite:///{tmp_path / 'app.db'}"
+    url = sqlite if database == "sqlite" else postgres.create_database()
+    app = load_app(monkeypatch, DATABASE_URL=url)
+    assert not await app.schema_is_current()
+    async with app.lifespan(app.app):
+        assert await app.schema_is_current()
+    monkeypatch.setattr(app, "upgrade", None)  # so that it would fail
+    async with app.lifespan(app.app):
+        async with app.engine.begin() as connection:
+            await connection.execute(text("UPDATE alembic_version SET version_num = 1"))
+        assert not await app.schema_is_current()
+
+
 async def test_a_migration_that_copies_a_table_loses_no_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
