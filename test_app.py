@@ -652,6 +652,28 @@ async def test_a_login_with_the_old_password_does_not_outlive_its_change(
     await alice.log_in(email, "another one")
 
 
+async def test_a_login_waits_for_a_password_change_that_is_under_way(
+    alice: Client,
+) -> None:
+    form = {"grant_type": "password", "username": alice.user["email"]}
+    user = {"id": alice.user["id"]}
+    async with alice.app.engine.begin() as connection:
+        change = "UPDATE users SET hashed_password = 'new' WHERE id = :id"
+        await connection.execute(text(change), user)
+        await connection.execute(text("DELETE FROM logins WHERE user_id = :id"), user)
+        login = asyncio.create_task(alice.grant(**form, password=PASSWORD))
+        await until_locked_out(alice, login)
+    assert (await login).json()["error"] == "invalid_grant"
+    assert await alice.sql("SELECT 1 FROM logins WHERE user_id = :id", **user) == []
+
+
+async def until_locked_out(client: Client, request: asyncio.Task[Any]) -> None:
+    """Wait until a request waits for the lock of a row; on SQLite all do."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    while client.database == "postgresql" and not await client.sql(waiting):
+        assert not request.done()
+
+
 def changed(claim: str, value: Any) -> Any:
     return {claim: value}
 
@@ -1090,12 +1112,7 @@ async def test_what_goes_while_it_is_used_is_as_if_it_had_never_been(
         async with alice.app.engine.begin() as connection:
             await connection.execute(text(statement))
             request = asyncio.create_task(call())
-            if alice.database == "postgresql":  # wait until it waits for the row's lock
-                waiting = (
-                    "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                )
-                while not await alice.sql(waiting):
-                    assert not request.done()
+            await until_locked_out(alice, request)
         assert (await request).status_code == status
 
 
