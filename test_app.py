@@ -657,9 +657,10 @@ async def test_a_login_waits_for_a_password_change_that_is_under_way(
 ) -> None:
     form = {"grant_type": "password", "username": alice.user["email"]}
     user = {"id": alice.user["id"]}
+    new = {"new": bcrypt.hashpw(b"another one", bcrypt.gensalt(4)).decode()}
     async with alice.app.engine.begin() as connection:
-        change = "UPDATE users SET hashed_password = 'new' WHERE id = :id"
-        await connection.execute(text(change), user)
+        change = "UPDATE users SET hashed_password = :new WHERE id = :id"
+        await connection.execute(text(change), user | new)
         await connection.execute(text("DELETE FROM logins WHERE user_id = :id"), user)
         login = asyncio.create_task(alice.grant(**form, password=PASSWORD))
         await until_locked_out(alice, login)
