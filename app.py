@@ -66,6 +66,7 @@ from sqlalchemy import (
     insert,
     make_url,
     table,
+    true,
 )
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -202,8 +203,9 @@ SECRET_KEY = settings.secret_key.get_secret_value()
 
 # What hosting services write for libpq and asyncpg would hand on to the server.
 LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
-# What it logs at DEBUG has the values of statements, hashes of passwords among them.
-logging.getLogger("aiosqlite").setLevel(logging.INFO)
+# What they log at DEBUG has the values of rows, hashes of passwords among them.
+for name in ("aiosqlite", "sqlalchemy"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
@@ -337,7 +339,17 @@ async def take_turns(connection: AsyncConnection, key: int) -> None:
 
 
 # SQLSTATE classes and SQLite errors that pass: no connection, no room, shut down, lock.
-OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "SQLITE_BUSY", "SQLITE_CANTOPEN")
+OUTAGES = (
+    "08",
+    "25006",
+    "40",
+    "53",
+    "55P03",
+    "57",
+    "SQLITE_BUSY",
+    "SQLITE_CANTOPEN",
+    "SQLITE_FULL",
+)
 
 
 def is_outage(error: Exception) -> bool:
@@ -356,13 +368,13 @@ ATTEMPT_WINDOW = timedelta(minutes=15)
 hashing = anyio.CapacityLimiter(os.cpu_count() or 1)
 HASHING_PATIENCE = 15  # seconds to wait in line for a core, then 503
 pairs_in_turn: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-# A hash of no password, of the usual cost: an unknown email takes as long as a known.
+# A hash that no password has, of the usual cost: an unknown email takes as long.
 NO_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 
 
 @asynccontextmanager
 async def hashing_turn(pair: str = "") -> AsyncGenerator[None]:
-    """Wait in line for a core to hash on, and for others of the same pair.
+    """Wait in line for a core to hash on, and for others of the same `pair`.
 
     Wait before the transaction, never inside: the line would hold every connection.
     One guess of a pair at a time, or a burst of right ones would look like failures.
@@ -384,16 +396,27 @@ async def hash_password(password: str) -> str:
         return hashed.decode()
 
 
+class OAuth2Error(HTTPException):
+    """An error in the form that OAuth2 clients read (RFC 6749, section 5.2)."""
+
+    def __init__(
+        self,
+        error: str,
+        detail: str,
+        status: int = 400,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, headers)
+        self.error = error
+
+
 def digest(text: str) -> str:
     """Return the SHA-256 of a text, in hexadecimal: enough for a random secret."""
     return sha256(text.encode()).hexdigest()
 
 
 async def count_attempt(session: AsyncSession, pair: str) -> None:
-    """Store an attempt to log in; raise 429 if too many of late have failed.
-
-    `pair`: the digest of email and client address that attempts are counted by.
-    """
+    """Store an attempt; raise 429 if too many of the pair have failed of late."""
     now = utc_now()
     since = now - ATTEMPT_WINDOW
     for model, condition in (
@@ -426,8 +449,9 @@ async def check_password(
 ) -> bool:
     """Tell whether a password is the hash's, in the same time if there is none.
 
-    `pair`: as `count_attempt` takes it, which may raise 429. The session must be
-    outside a transaction, and is inside one afterwards if the password is right.
+    `pair`: the digest of what attempts are counted by, of the email and the client's
+    address for logins; too many raise 429. The session must be outside a transaction,
+    and is inside one afterwards if the password is right.
     """
     guess = password.encode()
     async with hashing_turn(pair):
@@ -629,27 +653,34 @@ def page_of(statement: Any, id_: Any) -> Any:
     )
 
 
-# An index on (owner_id, id) serves the owner's page, the primary key that of all.
-OWNER = func.coalesce(
-    bindparam("owner_id", type_=BigInteger),
-    select(Login.user_id).where(Login.id == bindparam("sid")).scalar_subquery(),
+# An index on (owner_id, id) serves the owner's page, the primary key that of all. The
+# right is asked inside: what the caller may not see is not even looked at.
+Caller = aliased(User)
+SUB = bindparam("sub", type_=BigInteger)
+IS_SUPERUSER = select(Caller.is_superuser).where(Caller.id == SUB).scalar_subquery()
+OWNER = func.coalesce(bindparam("owner_id", type_=BigInteger), SUB)
+OwnedItem = aliased(
+    Item,
+    page_of(
+        select(Item).where(Item.owner_id == OWNER, (OWNER == SUB) | IS_SUPERUSER),
+        Item.id,
+    ),
 )
-OwnedItem = aliased(Item, page_of(select(Item).where(Item.owner_id == OWNER), Item.id))
+AnyItem = aliased(Item, page_of(select(Item).where(IS_SUPERUSER), Item.id))
+AnyUser = aliased(User, page_of(select(User).where(IS_SUPERUSER), User.id))
 OWNED_ITEMS = (
     by_login(select(OwnedItem, SEES_ALL))
-    .outerjoin(OwnedItem, (col(OwnedItem.owner_id) == User.id) | col(User.is_superuser))
+    .outerjoin(OwnedItem, true())
     .order_by(col(OwnedItem.id))
 )
-AnyItem = aliased(Item, page_of(select(Item), Item.id))
 ALL_ITEMS = (
     by_login(select(AnyItem, SEES_ALL))
-    .outerjoin(AnyItem, col(User.is_superuser).is_(True))
+    .outerjoin(AnyItem, true())
     .order_by(col(AnyItem.id))
 )
-AnyUser = aliased(User, page_of(select(User), User.id))
 ALL_USERS = (
     by_login(select(AnyUser, SEES_ALL))
-    .outerjoin(AnyUser, col(User.is_superuser).is_(True))
+    .outerjoin(AnyUser, true())
     .order_by(col(AnyUser.id))
 )
 
@@ -764,9 +795,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 class ErrorMiddleware:
     """Answer in JSON what no handler of FastAPI's can.
 
-    An unforeseen error: FastAPI's handler raises it again, and the server then drops
-    the connection with the client's next request on it. A body that is declared too
-    large: Starlette's answer is plain text.
+    An unforeseen error: FastAPI's handler raises it again, and the server then closes
+    the connection, losing the client's next request. A body that is declared too large:
+    Starlette's answer is plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -832,20 +863,6 @@ LINK: dict[int | str, dict[str, Any]] = {
 }
 
 
-class OAuth2Error(HTTPException):
-    """An error in the form that OAuth2 clients read (RFC 6749, section 5.2)."""
-
-    def __init__(
-        self,
-        error: str,
-        detail: str,
-        status: int = 400,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, detail, headers)
-        self.error = error
-
-
 app = FastAPI(
     title=settings.app_name,
     version="1.0.0",
@@ -876,18 +893,24 @@ app.add_middleware(
 GRANT_TYPES = "grant_type must be password or refresh_token"
 
 
+def is_oauth2(request: Request) -> bool:
+    """Tell whether the client expects errors in the form of OAuth2."""
+    return request.url.path.endswith((f"{AUTH_PATH}/token", f"{AUTH_PATH}/revoke"))
+
+
 @app.exception_handler(RequestValidationError)
 async def invalid_input(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
-    errors = [
-        {"type": e["type"], "loc": e["loc"], "msg": e["msg"]} for e in error.errors()
-    ]
-    for e in errors:
+    errors: list[dict[str, Any]] = []
+    for e in error.errors():
+        kept = {"type": e["type"], "loc": e["loc"], "msg": e["msg"]}
         if e["type"] == "extra_forbidden":  # its name, too, is what was sent
             body = request.scope["route"].body_field.field_info.annotation
             allowed = ", ".join(body.model_fields)
-            e |= {"loc": e["loc"][:-1], "msg": f"Unknown field: send only {allowed}"}
-    if AUTH_PATH in request.url.path:
+            kept |= {"loc": e["loc"][:-1], "msg": f"Unknown field: send only {allowed}"}
+        if kept not in errors:  # a thousand unknown fields are one mistake
+            errors.append(kept)
+    if is_oauth2(request):
         first = error.errors()[0]
         if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
             mistake = OAuth2Error("unsupported_grant_type", GRANT_TYPES)
@@ -911,6 +934,16 @@ async def method_not_allowed(request: Request, error: HTTPException) -> Response
     return await http_exception_handler(request, error)
 
 
+@app.exception_handler(400)
+async def unreadable_body(request: Request, error: HTTPException) -> Response:
+    """Answer for a body that cannot be read in the form that the client expects."""
+    if not is_oauth2(request):
+        return await http_exception_handler(request, error)
+    if not isinstance(error, OAuth2Error):
+        error = OAuth2Error("invalid_request", "The form cannot be read")
+    return await oauth2_error(request, error)
+
+
 @app.exception_handler(OAuth2Error)
 async def oauth2_error(_: Request, error: OAuth2Error) -> Response:
     """Answer in the form of RFC 6749, section 5.2."""
@@ -928,7 +961,9 @@ async def refused_by_database(request: Request, error: IntegrityError) -> Respon
     """Answer what the database refused: no SELECT beforehand can know, in a race."""
     if "foreign key" in str(error.orig).lower():  # the caller was deleted meanwhile
         return await http_exception_handler(request, unauthorized())
-    return JSONResponse({"detail": "Email already registered"}, 400)
+    taken = "email" in str(error.orig)
+    detail = "Email already registered" if taken else "It conflicts with what is stored"
+    return JSONResponse({"detail": detail}, 400)
 
 
 @app.exception_handler(StaleDataError)
@@ -946,7 +981,7 @@ async def unavailable(request: Request, error: Exception) -> Response:
         raise error
     log.warning("Answered 503 for %s", type(error).__name__)
     detail, headers = "The service is busy, try again", {"Retry-After": "1"}
-    if AUTH_PATH in request.url.path:
+    if is_oauth2(request):
         problem = OAuth2Error("temporarily_unavailable", detail, 503, headers)
         return await oauth2_error(request, problem)
     return JSONResponse({"detail": detail}, 503, headers)
@@ -1149,10 +1184,10 @@ async def change_user(
         await session.commit()
     if password:
         sent["hashed_password"] = await hash_password(password)
-    # Only now the transaction: none is open while a password is hashed.
-    user = await session.get(User, user_id, with_for_update=True)
-    if user is None:
-        raise not_found()
+    # Only now the transaction: none is open while a password is hashed. That took its
+    # time, so that who is calling, and what they may, is asked again.
+    await lock_users(session, token.sub, user_id)
+    user = await load(session, READ_USER, token, user_id=user_id)
     if proven and user.hashed_password != old.hashed_password:
         raise HTTPException(403, "current_password is missing or wrong")
     user.sqlmodel_update(sent)
@@ -1175,8 +1210,15 @@ async def delete_user(user_id: Id, token: TokenDep, session: SessionDep) -> None
     await remove_user(user_id, token, session)
 
 
+async def lock_users(session: AsyncSession, *ids: int) -> None:
+    """Let one request at a time change users: two superusers cannot end each other."""
+    users = select(User.id).where(col(User.id).in_(ids)).order_by(col(User.id))
+    await session.exec(users.with_for_update(key_share=True))
+
+
 async def remove_user(user_id: int, token: AccessToken, session: AsyncSession) -> None:
     """Delete a user as the caller may; raise 401, 403 or 404 otherwise."""
+    await lock_users(session, token.sub, user_id)
     user = await load(session, READ_USER, token, user_id=user_id)
     if user.id == token.sub and user.is_superuser:
         raise HTTPException(403, "A superuser cannot delete themself")

@@ -1,11 +1,12 @@
 """The data of the service: what is stored, what comes in and what goes out.
 
-Each thing has one family of names: `ThingBase` (what the table and the answers
+Users and items have a family of names each: `ThingBase` (what the table and the answers
 share), `Thing` (the table), `ThingCreate` and `ThingUpdate` (request bodies) and
 `ThingPublic` (answers). A table is never a request body: SQLModel does not validate
-tables, and a client could choose its own id. What comes in has its own, strict types.
+tables, and a client could choose its own id. What comes in has its own, stricter types.
 """
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -72,11 +73,13 @@ def storable(text: str) -> str:
 
 def normal_email(text: str) -> str:
     """Return an address as it is stored, so that two spellings are one user."""
-    try:
-        parts = validate_email(text, check_deliverability=False, test_environment=True)
-        email = parts.normalized.lower()
-    except EmailNotValidError:  # its message may repeat what was sent
-        email = ""
+    email = ""
+    if len(text) <= 254:  # before it is normalized, which takes long for a long text
+        with suppress(EmailNotValidError):  # whose message may repeat what was sent
+            parts = validate_email(
+                text.lower(), check_deliverability=False, test_environment=True
+            )
+            email = parts.normalized.lower()
     if not 0 < len(email) <= 254:
         raise PydanticCustomError(
             "email", "Enter an email address, as name@example.com"
@@ -94,7 +97,7 @@ def hashable(password: str) -> str:
 
 
 class Storable(AfterValidator):
-    """The check above, and its pattern in the API's documents."""
+    """A check for storable text, and its pattern in the API's documents."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -259,7 +262,7 @@ class Login(Timestamps, table=True):
 
 
 class LoginAttempt(Timestamps, table=True):
-    """A password login that has not succeeded, kept while it counts."""
+    """A guess at a password that has not proved right, kept while it counts."""
 
     __tablename__ = "login_attempts"
     __table_args__ = (
@@ -269,9 +272,7 @@ class LoginAttempt(Timestamps, table=True):
     )
 
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
-    pair_hash: str = Field(
-        max_length=64
-    )  # of email and client address: neither is kept
+    pair_hash: str = Field(max_length=64)  # see `check_password`
 
 
 class Token(Answer):
