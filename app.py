@@ -121,7 +121,7 @@ HERE = Path(__file__).parent
 def stop(problem: str) -> NoReturn:
     """End the start with one message instead of a page of traceback."""
     sys.tracebacklimit = 0
-    raise SystemExit(f"Cannot start. {problem}")
+    raise SystemExit(f"Cannot start. {problem}") from None
 
 
 def comma_separated(value: str | list[str]) -> list[str]:
