@@ -203,9 +203,8 @@ SECRET_KEY = settings.secret_key.get_secret_value()
 
 # What hosting services write for libpq and asyncpg would hand on to the server.
 LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
-# What they log at DEBUG has the values of rows, hashes of passwords among them.
-for name in ("aiosqlite", "sqlalchemy"):
-    logging.getLogger(name).setLevel(logging.WARNING)
+# What it logs at DEBUG has the values of statements, hashes of passwords among them.
+logging.getLogger("aiosqlite").setLevel(logging.INFO)
 
 
 def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
