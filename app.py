@@ -255,7 +255,11 @@ def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEng
 def postgresql_urls(url: str) -> list[str]:
     """Return what asyncpg reads as libpq does (sslmode and so on), one URL a host."""
     parts = urlsplit(url)
-    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in LIBPQ_ONLY]
+    query = [
+        ("sslmode" if name == "ssl" else name, value)  # as SQLAlchemy's users write it
+        for name, value in parse_qsl(parts.query)
+        if name not in LIBPQ_ONLY
+    ]
     user, at, hosts = parts.netloc.rpartition("@")
     return [
         urlunsplit(("postgresql", user + at + host, parts.path, urlencode(query), ""))

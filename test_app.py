@@ -1321,7 +1321,7 @@ async def test_connections_that_died_while_idle_cost_no_request_an_error(
     name = postgres.create_database().partition("?")[0].rpartition("/")[2]
     host = quote(str(postgres.server.pgdata), safe="")
     url = f"postgresql://postgres@127.0.0.1:1,{host}/{name}"
-    query = "?target_session_attrs=read-write&channel_binding=prefer&sslmode=disable"
+    query = "?target_session_attrs=read-write&channel_binding=prefer&ssl=disable"
     app = load_app(monkeypatch, DATABASE_URL=f"{url}{query}")
     transport = httpx.ASGITransport(app.app)
     async with (
