@@ -1182,7 +1182,9 @@ async def change_user(
     proven = own and (password or sent.get("email", old.email) != old.email)
     if proven:
         pair = digest(f"password of {user_id}")
-        if not await check_password(session, pair, guess or "", old.hashed_password):
+        if not guess or not await check_password(
+            session, pair, guess, old.hashed_password
+        ):
             raise HTTPException(403, "current_password is missing or wrong")
         await session.commit()
     if password:

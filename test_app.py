@@ -63,6 +63,12 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+async def one_event_loop() -> AsyncIterator[None]:
+    """Keep the loop for all tests: a thread of SQLite may still have to tell it."""
+    yield
+
+
 @dataclass
 class Postgres:
     """A PostgreSQL server that makes empty databases."""
