@@ -67,6 +67,7 @@ def anyio_backend() -> str:
 async def one_event_loop() -> AsyncIterator[None]:
     """Keep the loop for all tests: a thread of SQLite may still have to tell it."""
     yield
+    await asyncio.sleep(0)
 
 
 @dataclass
