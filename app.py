@@ -996,7 +996,7 @@ auth = APIRouter(
     prefix=AUTH_PATH,
     tags=["auth"],
     max_body_size=settings.max_body_size,
-    responses=problems(400, 413, 503, model=OAuth2Problem),
+    responses=problems(400, 503, model=OAuth2Problem) | problems(413),
 )
 
 
