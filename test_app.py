@@ -64,7 +64,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-async def one_event_loop() -> AsyncIterator[None]:
+async def one_event_loop(anyio_backend: str) -> AsyncIterator[None]:
     """Keep the loop for all tests: a thread of SQLite may still have to tell it."""
     yield
     await asyncio.sleep(0)
@@ -1735,7 +1735,7 @@ async def test_an_outage_of_the_database_is_survived_without_a_restart(
 # --- What is written down: the API's documents, the README, the settings
 
 
-def test_the_api_describes_itself(api: Client) -> None:
+async def test_the_api_describes_itself(api: Client) -> None:
     document = api.app.app.openapi()
     operations = {
         (method, path): operation
@@ -1774,7 +1774,7 @@ async def test_the_documents_are_served(api: Client) -> None:
         assert (await api.get(f"http://test{url}")).status_code == 200
 
 
-def test_the_readme_and_the_example_name_every_setting(api: Client) -> None:
+async def test_the_readme_and_the_example_name_every_setting(api: Client) -> None:
     fields = type(api.app.settings).model_fields
     readme = (HERE / "README.md").read_text().partition("\n## Settings\n")[2]
     rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (.+?) \|", readme, re.M))
