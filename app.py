@@ -342,17 +342,8 @@ async def take_turns(connection: AsyncConnection, key: int) -> None:
 
 
 # SQLSTATE classes and SQLite errors that pass: no connection, no room, shut down, lock.
-OUTAGES = (
-    "08",
-    "25006",
-    "40",
-    "53",
-    "55P03",
-    "57",
-    "SQLITE_BUSY",
-    "SQLITE_CANTOPEN",
-    "SQLITE_FULL",
-)
+SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL")
+OUTAGES = ("08", "25006", "40", "53", "55P03", "57", *SQLITE_OUTAGES)
 
 
 def is_outage(error: Exception) -> bool:
