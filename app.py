@@ -14,81 +14,55 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any, NoReturn, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from typing import Annotated, Any, Literal, NoReturn, Self
+from urllib.parse import parse_qsl, urlencode
 from weakref import WeakValueDictionary
 
 import anyio
 import asyncpg
 import bcrypt
 import jwt
-from fastapi import (
-    APIRouter,
-    Depends,
-    FastAPI,
-    Form,
-    HTTPException,
-    Query,
-    Request,
-    Response,
-)
-from fastapi import Path as PathParameter
-from fastapi.exception_handlers import http_exception_handler
+import sqlalchemy as sa
+from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
-from opentelemetry import trace
 from pydantic import (
     BeforeValidator,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy import (
-    BigInteger,
-    Connection,
-    Executable,
-    Row,
-    column,
-    event,
-    func,
-    insert,
-    make_url,
-    table,
-    true,
-)
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.orm import aliased
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.pool import AsyncAdaptedQueuePool
-from sqlalchemy.sql.elements import Label
 from sqlalchemy.util.concurrency import greenlet_spawn
-from sqlmodel import bindparam, col, delete, select, update
+from sqlmodel import bindparam, col, delete, func, insert, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
-from sqlmodel.sql.expression import Select
-from starlette.datastructures import Headers
+from sqlmodel.sql.expression import SelectOfScalar
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models import (
-    MAX_ID,
     AccessToken,
     Email,
     Health,
-    Invalid,
+    Id,
     Item,
     ItemCreate,
     ItemPublic,
@@ -107,7 +81,6 @@ from models import (
     UserCreate,
     UserPublic,
     UserUpdate,
-    normal_email,
     utc_now,
 )
 
@@ -171,11 +144,8 @@ class Settings(BaseSettings):
                 "SECRET_KEY must have at least 32 bytes. Make one with: "
                 "python -c 'import secrets; print(secrets.token_hex(32))'"
             )
-        try:
-            scheme = urlsplit(self.database_url.get_secret_value()).scheme
-        except ValueError:  # whose message may show the URL
-            scheme = ""
-        if not re.fullmatch(r"(sqlite|postgres|postgresql)(\+\w+)?", scheme):
+        known = r"(sqlite|postgres|postgresql)(\+\w+)?://.*"
+        if not re.fullmatch(known, self.database_url.get_secret_value()):
             raise ValueError(
                 "DATABASE_URL must look like sqlite:///file.db "
                 "or postgresql://user:password@host/database"
@@ -190,13 +160,11 @@ class Settings(BaseSettings):
 try:
     settings = Settings()
 except ValidationError as error:
-    stop(
-        "; ".join(
-            ": ".join([*(str(part).upper() for part in e["loc"]), e["msg"]])
-            for e in error.errors()
-        ).replace("Value error, ", "")
-    )
+    wrong = [[*(str(p).upper() for p in e["loc"]), e["msg"]] for e in error.errors()]
+    stop("; ".join(": ".join(parts) for parts in wrong).replace("Value error, ", ""))
 SECRET_KEY = settings.secret_key.get_secret_value()
+DATABASE_URL = settings.database_url.get_secret_value()
+IS_SQLITE = DATABASE_URL.startswith("sqlite")
 
 
 # --- Database: one transaction a request, or one round trip for a lone statement
@@ -207,64 +175,15 @@ LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
 logging.getLogger("aiosqlite").setLevel(logging.INFO)
 
 
-def make_engines(statement_timeout: float | None) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return an engine for transactions and one for lone statements (AUTOCOMMIT).
-
-    A lone statement is a transaction of its own: BEGIN, COMMIT and ROLLBACK around it
-    would be round trips for nothing. `statement_timeout`: seconds, None for no limit.
-    """
-    options: dict[str, Any] = {
-        "echo": settings.debug,
-        "hide_parameters": True,  # in the log and in errors
-        "pool_size": settings.database_pool_size,
-        "max_overflow": 0,
-        "pool_timeout": settings.database_timeout,
-    }
-    url = settings.database_url.get_secret_value()
-    if url.startswith("sqlite"):
-        return sqlite_engines(url, options)
-    options["connect_args"] = {
-        "async_creator_fn": connect,
-        "hosts": postgresql_urls(url),
-        "command_timeout": statement_timeout,
-        "statement_cache_size": settings.database_statement_cache_size,
-        "prepared_statement_cache_size": settings.database_statement_cache_size,
-    }
-    autocommit = create_async_engine(
-        "postgresql+asyncpg://", isolation_level="AUTOCOMMIT", **options
-    )
-
-    @event.listens_for(autocommit.sync_engine, "checkout")
-    def replace_closed(connection: Any, *_: object) -> None:
-        # asyncpg noticed if the server hung up: to ask it first costs a round trip.
-        if connection.driver_connection.is_closed():
-            raise DisconnectionError
-
-    @event.listens_for(autocommit.sync_engine, "handle_error")
-    def drop_silent(context: Any) -> None:
-        # The late answer of a server that did not answer in time must meet nobody.
-        if isinstance(context.original_exception, TimeoutError):
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
-            # at once: to close it in order would be to wait for an answer again
-            context.connection.connection.driver_connection.terminate()
-
-    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
-
-
-def postgresql_urls(url: str) -> list[str]:
+def postgresql_urls() -> list[str]:
     """Return what asyncpg reads as libpq does (sslmode and so on), one URL a host."""
-    parts = urlsplit(url)
-    query = [
-        ("sslmode" if name == "ssl" else name, value)  # as SQLAlchemy's users write it
-        for name, value in parse_qsl(parts.query)
-        if name not in LIBPQ_ONLY
-    ]
-    user, at, hosts = parts.netloc.rpartition("@")
-    return [
-        urlunsplit(("postgresql", user + at + host, parts.path, urlencode(query), ""))
-        for host in hosts.split(",")
-    ]
+    address, _, query = DATABASE_URL.partition("?")
+    user, at, place = address.partition("://")[2].rpartition("@")
+    hosts, slash, database = place.partition("/")
+    query = re.sub(r"\bssl=", "sslmode=", query)  # as SQLAlchemy's users write it
+    query = urlencode([pair for pair in parse_qsl(query) if pair[0] not in LIBPQ_ONLY])
+    rest = f"{slash}{database}?{query}"
+    return [f"postgresql://{user}{at}{host}{rest}" for host in hosts.split(",")]
 
 
 async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
@@ -283,26 +202,70 @@ async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
     raise error
 
 
-def sqlite_engines(
-    url: str, options: dict[str, Any]
+OPTIONS: dict[str, Any] = {
+    "echo": settings.debug,
+    "hide_parameters": True,  # in the log and in errors
+    "poolclass": AsyncAdaptedQueuePool,
+    "pool_size": settings.database_pool_size,
+    "max_overflow": 0,
+    "pool_timeout": settings.database_timeout,
+}
+# A lone statement is a transaction of its own (AUTOCOMMIT): BEGIN, COMMIT and ROLLBACK
+# around it would be round trips for nothing.
+AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+
+
+def make_postgresql_engines(
+    statement_timeout: float | None = settings.database_timeout,
 ) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return an engine for transactions and one for lone statements, of one pool.
+
+    `statement_timeout`: seconds, None for no limit.
+    """
+    cache_size = settings.database_statement_cache_size
+    arguments = {
+        "async_creator_fn": connect,
+        "hosts": postgresql_urls(),
+        "command_timeout": statement_timeout,
+        "statement_cache_size": cache_size,
+        "prepared_statement_cache_size": cache_size,
+    }
+    autocommit = create_async_engine(
+        "postgresql+asyncpg://", connect_args=arguments, **OPTIONS, **AUTOCOMMIT
+    )
+
+    @sa.event.listens_for(autocommit.sync_engine, "checkout")
+    def replace_closed(connection: Any, *_: object) -> None:
+        # asyncpg noticed if the server hung up: to ask it first costs a round trip.
+        if connection.driver_connection.is_closed():
+            raise DisconnectionError
+
+    @sa.event.listens_for(autocommit.sync_engine, "handle_error")
+    def drop_silent(context: Any) -> None:
+        # The late answer of a server that did not answer in time must meet nobody.
+        if isinstance(context.original_exception, TimeoutError):
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+            # at once: to close it in order would be to wait for an answer again
+            context.connection.connection.driver_connection.terminate()
+
+    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
+
+
+def make_sqlite_engines() -> tuple[AsyncEngine, AsyncEngine]:
     """Return the same for SQLite: one connection for transactions, a pool for the rest.
 
     SQLite has one writer at a time. Here transactions wait in line for the connection;
     the file's lock, where who waits longest may lose, is for other processes.
     """
-    file = make_url(url).set(drivername="sqlite+aiosqlite")
-    options["poolclass"] = AsyncAdaptedQueuePool
-    options["connect_args"] = {
-        "isolation_level": None,  # the driver begins nothing by itself
-        "timeout": settings.database_timeout,
-    }
-    transactions = create_async_engine(file, **options | {"pool_size": 1})
-    autocommit = create_async_engine(
-        file, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True, **options
-    )
+    url = sa.make_url(DATABASE_URL).set(drivername="sqlite+aiosqlite")
+    # None: the driver begins nothing by itself
+    arguments = {"isolation_level": None, "timeout": settings.database_timeout}
+    options = OPTIONS | {"connect_args": arguments}
+    transactions = create_async_engine(url, **options | {"pool_size": 1})
+    autocommit = create_async_engine(url, **options, **AUTOCOMMIT)
 
-    @event.listens_for(transactions.sync_engine, "begin")
+    @sa.event.listens_for(transactions.sync_engine, "begin")
     def begin(connection: Any) -> None:
         if connection.connection.driver_connection.in_transaction:
             connection.exec_driver_sql("ROLLBACK")  # what a failed COMMIT left
@@ -311,17 +274,17 @@ def sqlite_engines(
 
     for either in (transactions, autocommit):
 
-        @event.listens_for(either.sync_engine, "connect")
+        @sa.event.listens_for(either.sync_engine, "connect")
         def configure(connection: Any, _: object) -> None:
             connection.execute("PRAGMA journal_mode = WAL").close()
             connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
 
-    in_memory = file.database in (None, "", ":memory:")  # it is its one connection
+    in_memory = url.database in (None, "", ":memory:")  # it is its one connection
     return transactions, transactions if in_memory else autocommit
 
 
-engine, autocommit = make_engines(settings.database_timeout)
-IS_SQLITE = engine.dialect.name == "sqlite"
+make_engines = make_sqlite_engines if IS_SQLITE else make_postgresql_engines
+engine, autocommit = make_engines()
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -357,7 +320,9 @@ def is_outage(error: Exception) -> bool:
 
 # --- Passwords and tokens: slow hashes in threads, short-lived proofs, one-time secrets
 
+EMAIL = TypeAdapter(Email)
 ATTEMPT_WINDOW = timedelta(minutes=15)
+REFRESH_LIFETIME = timedelta(days=settings.refresh_token_expire_days)
 # bcrypt is made to take long: more threads than cores would only slow the rest down.
 hashing = anyio.CapacityLimiter(os.cpu_count() or 1)
 HASHING_PATIENCE = 15  # seconds to wait in line for a core, then 503
@@ -384,24 +349,14 @@ async def hashing_turn(pair: str = "") -> AsyncGenerator[None]:
 
 async def hash_password(password: str) -> str:
     """Return the bcrypt hash of a password of at most 72 bytes."""
+    salt = bcrypt.gensalt(settings.bcrypt_rounds)
     async with hashing_turn():
-        salt = bcrypt.gensalt(settings.bcrypt_rounds)
         hashed = await anyio.to_thread.run_sync(bcrypt.hashpw, password.encode(), salt)
-        return hashed.decode()
+    return hashed.decode()
 
 
-class OAuth2Error(HTTPException):
-    """An error in the form that OAuth2 clients read (RFC 6749, section 5.2)."""
-
-    def __init__(
-        self,
-        error: str,
-        detail: str,
-        status: int = 400,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, detail, headers)
-        self.error = error
+class InvalidGrant(HTTPException):
+    """A login that cannot be: `invalid_grant` to OAuth2 clients (RFC 6749, 5.2)."""
 
 
 def digest(text: str) -> str:
@@ -411,8 +366,7 @@ def digest(text: str) -> str:
 
 async def count_attempt(session: AsyncSession, pair: str) -> None:
     """Store an attempt; raise 429 if too many of the pair have failed of late."""
-    now = utc_now()
-    since = now - ATTEMPT_WINDOW
+    now, since = utc_now(), utc_now() - ATTEMPT_WINDOW
     for model, condition in (
         (LoginAttempt, col(LoginAttempt.created_at) < since),
         (Login, col(Login.expires_at) < now),
@@ -431,10 +385,8 @@ async def count_attempt(session: AsyncSession, pair: str) -> None:
     )
     failed = (await session.exec(newest)).all()
     if len(failed) == settings.max_failed_logins:
-        wait = (failed[-1] - since).total_seconds()
-        headers = {"Retry-After": str(int(wait) + 1)}
-        detail = "Too many failed logins, try again later"
-        raise OAuth2Error("invalid_grant", detail, 429, headers)
+        headers = {"Retry-After": str(int((failed[-1] - since).total_seconds()) + 1)}
+        raise InvalidGrant(429, "Too many failed logins, try again later", headers)
     session.add(LoginAttempt(pair_hash=pair))
 
 
@@ -447,15 +399,13 @@ async def check_password(
     address for logins; too many raise 429. The session must be outside a transaction,
     and is inside one afterwards if the password is right.
     """
-    guess = password.encode()
+    guess, known = password.encode(), (hashed or NO_HASH).encode()
     async with hashing_turn(pair):
         await count_attempt(session, pair)
         # Counted before it is hashed, so that a burst gets no more guesses than the
         # limit, and committed: no connection is held while it is hashed.
         await session.commit()
-        right = await anyio.to_thread.run_sync(
-            bcrypt.checkpw, guess[:72], (hashed or NO_HASH).encode()
-        )
+        right = await anyio.to_thread.run_sync(bcrypt.checkpw, guess[:72], known)
     # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
     if not right or hashed is None or len(guess) > 72:
         return False
@@ -465,24 +415,13 @@ async def check_password(
 
 def make_token(login_id: int, user_id: int, refresh_token: str) -> Token:
     """Return the token endpoint's answer for a login (RFC 6749, section 5.1)."""
-    now = int(time.time())
     lifetime = settings.access_token_expire_minutes * 60
-    claims = {
-        "sub": str(user_id),
-        "sid": str(login_id),
-        "iat": now,
-        "exp": now + lifetime,
-    }
+    issued = {"iat": (now := int(time.time())), "exp": now + lifetime}
+    claims = {"sub": str(user_id), "sid": str(login_id)} | issued
+    access_token = jwt.encode(claims, SECRET_KEY, "HS256")
     return Token(
-        access_token=jwt.encode(claims, SECRET_KEY, "HS256"),
-        expires_in=lifetime,
-        refresh_token=refresh_token,
+        access_token=access_token, expires_in=lifetime, refresh_token=refresh_token
     )
-
-
-def refresh_expiry() -> datetime:
-    """Return when a refresh token made now expires."""
-    return utc_now() + timedelta(days=settings.refresh_token_expire_days)
 
 
 def read_access_token(token: str, *, expired: bool = False) -> AccessToken | None:
@@ -490,18 +429,13 @@ def read_access_token(token: str, *, expired: bool = False) -> AccessToken | Non
 
     `expired`: accept it after its time too, to revoke the login behind it.
     """
+    options: Any = {
+        "require": ["sub", "iat", "exp", "sid"],
+        "verify_iat": False,  # the clock of the host that issued it may be ahead
+        "verify_exp": not expired,
+    }
     try:
-        claims = jwt.decode(
-            token,
-            SECRET_KEY,
-            algorithms=["HS256"],
-            # iat is not checked: the clock of the host that issued it may be ahead
-            options={
-                "require": ["sub", "iat", "exp", "sid"],
-                "verify_iat": False,
-                "verify_exp": not expired,
-            },
-        )
+        claims = jwt.decode(token, SECRET_KEY, ["HS256"], options)
         return AccessToken.model_validate(claims)
     except (jwt.InvalidTokenError, ValueError):
         return None
@@ -517,9 +451,8 @@ def not_found() -> HTTPException:
 
 def unauthorized() -> HTTPException:
     """Return the error for every token that does not count (RFC 6750)."""
-    return HTTPException(
-        401, "Log in: no valid access token was sent", {"WWW-Authenticate": "Bearer"}
-    )
+    headers = {"WWW-Authenticate": "Bearer"}
+    return HTTPException(401, "Log in: no valid access token was sent", headers)
 
 
 AUTH_PATH = f"{settings.api_v1_prefix}/auth"
@@ -540,7 +473,7 @@ async def get_access_token(
 TokenDep = Annotated[AccessToken, Depends(get_access_token)]
 
 
-def by_login[*Ts](statement: Select[*Ts]) -> Select[*Ts]:
+def by_login[S: sa.Select[*tuple[Any, ...]]](statement: S) -> S:
     """Make a statement start from the caller's live login and active user.
 
     Then it finds a row if, and only if, there is such a caller: 401 or an answer is
@@ -558,15 +491,15 @@ def by_login[*Ts](statement: Select[*Ts]) -> Select[*Ts]:
 
 
 async def fetch(
-    statement: Executable, token: AccessToken, **values: object
-) -> Sequence[Row[Any]]:
+    statement: sa.Executable, token: AccessToken, **values: object
+) -> Sequence[sa.Row[Any]]:
     """Run one statement made with `by_login`, alone, and return its rows; none: 401.
 
     No session, whose objects are made to be changed, and one greenlet for all three
     steps: it halves the cost of a short query.
     """
 
-    def run() -> Sequence[Row[Any]]:
+    def run() -> Sequence[sa.Row[Any]]:
         with autocommit.sync_engine.connect() as connection:
             rows = connection.execute(statement, params).all()
             if not statement.is_select:
@@ -580,8 +513,8 @@ async def fetch(
 
 
 async def fetch_one(
-    statement: Executable, token: AccessToken, **values: object
-) -> Row[Any]:
+    statement: sa.Executable, token: AccessToken, **values: object
+) -> sa.Row[Any]:
     """Return the one row of a statement; what the caller may not see is not there."""
     [row] = await fetch(statement, token, **values)
     if row.id is None:
@@ -591,97 +524,79 @@ async def fetch_one(
 
 async def load[T](
     session: AsyncSession,
-    statement: Select[T, bool],
+    statement: SelectOfScalar[T],
     token: AccessToken,
     **values: object,
 ) -> T:
     """Return what such a statement finds as an object for the session to change."""
     params = {"sid": token.sid, "sub": token.sub, **values}
-    row = (await session.exec(statement, params=params)).first()
-    if row is None:
+    found = (await session.exec(statement, params=params)).all()
+    if not found:
         raise unauthorized()
-    if row[0] is None:
+    if found[0] is None:
         raise not_found()
-    return row[0]
+    return found[0]
 
 
-# Built once: to build a statement costs a fifth of running it.
-Target = aliased(User)  # the user that is asked for, beside the one who asks
-SEES_ALL: Label[bool] = col(User.is_superuser).label("sees_all")
-READ_ME = by_login(select(User, SEES_ALL))
-READ_USER = by_login(select(Target, SEES_ALL)).outerjoin(
-    Target,
-    (col(Target.id) == bindparam("user_id"))
-    & ((col(Target.id) == User.id) | col(User.is_superuser)),
+# Statements are built once: to build one costs a fifth of running it.
+
+
+def row_by_id[T](model: type[T], owner: str) -> SelectOfScalar[T]:
+    """Return the statement for a row by `id`: the caller's, or any for a superuser.
+
+    `owner`: the column that has the id of the user whose row it is.
+    """
+    row: Any = aliased(model)
+    is_visible = (getattr(row, owner) == User.id) | col(User.is_superuser)
+    statement = by_login(select(row))
+    return statement.outerjoin(row, (row.id == bindparam("id")) & is_visible)
+
+
+def page_of(model: Any, *conditions: Any) -> sa.Select[*tuple[Any, ...]]:
+    """Return the statement for a page of the rows that meet some conditions.
+
+    They are asked inside: what the caller may not see is not even looked at. One row
+    more than the page holds tells whether there is a next page.
+    """
+    page = (
+        select(model)
+        .where(*conditions, model.id > bindparam("after"))
+        .order_by(model.id)
+        .offset(bindparam("skip", type_=sa.BigInteger))
+        .limit(bindparam("limit", type_=sa.BigInteger) + 1)
+    )
+    row: Any = aliased(model, page.subquery())
+    sees_all: Any = col(User.is_superuser).label("sees_all")
+    statement = by_login(sa.select(row, sees_all))
+    return statement.outerjoin(row, sa.true()).order_by(row.id)
+
+
+READ_ME = by_login(select(User))
+READ_USER, READ_ITEM = row_by_id(User, "id"), row_by_id(Item, "owner_id")
+CALLER = bindparam("sub", type_=sa.BigInteger)
+OWNER = func.coalesce(bindparam("owner_id", type_=sa.BigInteger), CALLER)
+IS_SUPERUSER = (
+    select(User.is_superuser).where(User.id == CALLER).correlate(None).scalar_subquery()
 )
-READ_ITEM = by_login(select(Item, SEES_ALL)).outerjoin(
-    Item,
-    (col(Item.id) == bindparam("item_id"))
-    & ((col(Item.owner_id) == User.id) | col(User.is_superuser)),
-)
+# An index on (owner_id, id) serves the owner's page, the primary key that of all.
+OWNED_ITEMS = page_of(Item, Item.owner_id == OWNER, (OWNER == CALLER) | IS_SUPERUSER)
+ALL_ITEMS, ALL_USERS = page_of(Item, IS_SUPERUSER), page_of(User, IS_SUPERUSER)
 CREATE_ITEM = (
     insert(Item)
     .from_select(
         ["title", "description", "owner_id"],
-        by_login(select(bindparam("title"), bindparam("description"), User.id)),
+        by_login(sa.select(bindparam("title"), bindparam("description"), col(User.id))),
     )
     .returning(Item)
 )
 
 
 PageDep = Annotated[Page, Query()]
-Id = Annotated[int, PathParameter(ge=1, le=MAX_ID)]
-
-
-def page_of(statement: Any, id_: Any) -> Any:
-    """Return one page of a statement as a table to join the caller to.
-
-    It asks for one row more than the page holds, to tell whether there is a next page.
-    """
-    return (
-        statement.where(id_ > bindparam("after"))
-        .order_by(id_)
-        .offset(bindparam("skip", type_=BigInteger))
-        .limit(bindparam("limit", type_=BigInteger) + 1)
-        .subquery()
-    )
-
-
-# An index on (owner_id, id) serves the owner's page, the primary key that of all. The
-# right is asked inside: what the caller may not see is not even looked at.
-Caller = aliased(User)
-SUB = bindparam("sub", type_=BigInteger)
-IS_SUPERUSER = select(Caller.is_superuser).where(Caller.id == SUB).scalar_subquery()
-OWNER = func.coalesce(bindparam("owner_id", type_=BigInteger), SUB)
-OwnedItem = aliased(
-    Item,
-    page_of(
-        select(Item).where(Item.owner_id == OWNER, (OWNER == SUB) | IS_SUPERUSER),
-        Item.id,
-    ),
-)
-AnyItem = aliased(Item, page_of(select(Item).where(IS_SUPERUSER), Item.id))
-AnyUser = aliased(User, page_of(select(User).where(IS_SUPERUSER), User.id))
-OWNED_ITEMS = (
-    by_login(select(OwnedItem, SEES_ALL))
-    .outerjoin(OwnedItem, true())
-    .order_by(col(OwnedItem.id))
-)
-ALL_ITEMS = (
-    by_login(select(AnyItem, SEES_ALL))
-    .outerjoin(AnyItem, true())
-    .order_by(col(AnyItem.id))
-)
-ALL_USERS = (
-    by_login(select(AnyUser, SEES_ALL))
-    .outerjoin(AnyUser, true())
-    .order_by(col(AnyUser.id))
-)
 
 
 def one_page(
-    rows: Sequence[Row[Any]], page: Page, request: Request, response: Response
-) -> Sequence[Row[Any]]:
+    rows: Sequence[sa.Row[Any]], page: Page, request: Request, response: Response
+) -> Sequence[sa.Row[Any]]:
     """Return a page's rows and set `Link` to the next page, if any (RFC 8288)."""
     if rows[0].id is None:  # only the caller: nothing to list
         return []
@@ -701,7 +616,7 @@ MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
 @asynccontextmanager
 async def migration_connection() -> AsyncGenerator[AsyncConnection]:
     """Yield a transaction to migrate in: one at a time, however many workers start."""
-    patient = engine if IS_SQLITE else make_engines(statement_timeout=None)[0]
+    patient = engine if IS_SQLITE else make_postgresql_engines(None)[0]
     async with patient.connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
         if IS_SQLITE:  # to alter a table is to drop its old copy: that must not cascade
@@ -721,18 +636,17 @@ async def schema_is_current() -> bool:
     Without Alembic: to import it takes as long as to import FastAPI.
     """
     files = (HERE / "migrations" / "versions").glob("*.py")
-    scripts = "\n".join(file.read_text() for file in files)
-    revisions = set(re.findall(r'^revision\b.* = "(\w+)"', scripts, re.M))
-    replaced = set(re.findall(r'^down_revision\b.* = "(\w+)"', scripts, re.M))
-    query: Any = select(column("version_num")).select_from(table("alembic_version"))
+    text = "\n".join(file.read_text() for file in files)
+    made = set(re.findall(r'^revision\b.* = "(\w+)"', text, re.M))
+    followed = set(re.findall(r'^down_revision\b.* = "(\w+)"', text, re.M))
     with suppress(DBAPIError):
         async with autocommit.connect() as connection:
-            seen = (await connection.execute(query)).scalars().all()
-            return set(seen) == revisions - replaced
+            query = sa.text("SELECT version_num FROM alembic_version")
+            return set(await connection.scalars(query)) == made - followed
     return False
 
 
-def upgrade(connection: Connection) -> None:
+def upgrade(connection: sa.Connection) -> None:
     """Run the migrations that the database has not seen."""
     from alembic import command, config
 
@@ -786,81 +700,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         await autocommit.dispose()
 
 
-class ErrorMiddleware:
-    """Answer in JSON what no handler of FastAPI's can.
-
-    An unforeseen error: FastAPI's handler raises it again, and the server then closes
-    the connection, losing the client's next request. A body that is declared too large:
-    Starlette's answer is plain text.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def watch(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        size = Headers(scope=scope).get("content-length", "")
-        if size.isdecimal() and int(size[:20]) > settings.max_body_size:
-            answer = JSONResponse({"detail": "Content Too Large"}, 413)
-            return await answer(scope, receive, send)
-        try:
-            await self.app(scope, receive, watch)
-        except Exception as error:
-            if started:
-                raise
-            log.exception("Unforeseen error at %s %s", scope["method"], scope["path"])
-            trace.get_current_span().record_exception(error)
-            answer = JSONResponse({"detail": "Internal server error"}, 500)
-            await answer(scope, receive, send)
-
-
-PROBLEMS = {
-    400: "The request cannot be done as it is",
-    401: "No valid access token",
-    403: "Not yours to do",
-    404: "Nothing there that you may see",
-    413: "The body is larger than `MAX_BODY_SIZE`",
-    422: "The input is not valid; `detail` says where and why",
-    429: "Too many failed logins: wait for `Retry-After` seconds",
-    503: "The service cannot do it just now: try again after `Retry-After` seconds",
-}
-
-
-def problems(*codes: int, model: type = Problem) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI description of the errors of a route."""
-    return {
-        code: {
-            "model": Invalid if code == 422 else model,
-            "description": PROBLEMS[code],
-        }
-        for code in codes
-    }
-
-
-LINK: dict[int | str, dict[str, Any]] = {
-    200: {
-        "headers": {
-            "Link": {
-                "description": 'The next page, `rel="next"` (RFC 8288), if any',
-                "schema": {"type": "string"},
-            }
-        }
-    }
-}
-
-
 app = FastAPI(
     title=settings.app_name,
     version="1.0.0",
-    summary="Users, items and logins.",
     description="Register by `create_user`, then log in by **Authorize**.",
     openapi_url=f"{settings.api_v1_prefix}/openapi.json",
     openapi_tags=[
@@ -873,7 +715,103 @@ app = FastAPI(
     lifespan=lifespan,
     redirect_slashes=False,  # a redirect would be built from the client's Host
 )
-app.add_middleware(ErrorMiddleware)
+
+
+def problems(*codes: int, model: type = Problem) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI description of the errors of a route."""
+    return {code: {"model": model} for code in codes}
+
+
+# Starlette's own answer, before the body is read, is text.
+TOO_LARGE: Any = {413: {"model": Problem, "content": {"text/plain": {}}}}
+LINK: Any = {200: {"headers": {"Link": {"schema": {"type": "string"}}}}}
+
+
+def is_oauth2(request: Request) -> bool:
+    """Tell whether the client expects errors in the form of OAuth2."""
+    return request.url.path.endswith((f"{AUTH_PATH}/token", f"{AUTH_PATH}/revoke"))
+
+
+def answer(
+    request: Request,
+    status: int,
+    detail: object,
+    headers: Mapping[str, str] | None = None,
+    error: str = "invalid_request",
+) -> Response:
+    """Return an error, where OAuth2 clients ask with its code (RFC 6749, 5.2)."""
+    content = {"detail": detail}
+    if is_oauth2(request):
+        content |= {"error": error, "error_description": detail}
+        headers = {**(headers or {}), "Cache-Control": "no-store"}
+    return JSONResponse(content, status, headers)
+
+
+@app.exception_handler(StarletteHTTPException)
+async def refused(request: Request, error: StarletteHTTPException) -> Response:
+    """Answer what a route has raised, or FastAPI where there is none."""
+    if error.status_code == 405:  # each route knows its own methods only (RFC 9110)
+        routes = iter_route_contexts(app.routes)
+        matching = (r for r in routes if r.matches(request.scope)[0] is not Match.NONE)
+        methods = {method for route in matching for method in route.methods or ()}
+        error.headers = {"Allow": ", ".join(sorted(methods))}
+    code = "invalid_grant" if isinstance(error, InvalidGrant) else "invalid_request"
+    return answer(request, error.status_code, error.detail, error.headers, code)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid(request: Request, error: RequestValidationError) -> Response:
+    """Say what is wrong with the input, without repeating it: it may be a password."""
+    first = error.errors()[0]
+    if (
+        is_oauth2(request)
+        and first["type"] == "union_tag_invalid"
+        and first["ctx"]["tag"]
+    ):
+        detail = "grant_type must be password or refresh_token"
+        return answer(request, 400, detail, error="unsupported_grant_type")
+    if is_oauth2(request):
+        name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
+        return answer(request, 400, f"{name} is missing or not valid")
+    errors: list[dict[str, Any]] = []
+    for e in error.errors():
+        # The name of an unknown field, too, is what was sent.
+        loc = e["loc"][:-1] if e["type"] == "extra_forbidden" else e["loc"]
+        kept = {"type": e["type"], "loc": loc, "msg": e["msg"]}
+        if kept not in errors:  # a thousand unknown fields are one mistake
+            errors.append(kept)
+    return answer(request, 422, errors)
+
+
+@app.exception_handler(IntegrityError)
+async def refused_by_database(request: Request, error: IntegrityError) -> Response:
+    """Answer what the database refused: no SELECT beforehand can know, in a race."""
+    if "foreign key" in str(error.orig).lower():  # the caller was deleted meanwhile
+        return await refused(request, unauthorized())
+    taken = "email" in str(error.orig)
+    detail = "Email already registered" if taken else "It conflicts with what is stored"
+    return answer(request, 400, detail)
+
+
+@app.exception_handler(StaleDataError)
+async def gone_meanwhile(request: Request, _: StaleDataError) -> Response:
+    """Answer for a row that another request deleted while this one changed it."""
+    return await refused(request, not_found())
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """Answer for a database that is away or overloaded, and for mistakes of ours."""
+    if not is_outage(error):
+        log.exception("Unforeseen error at %s %s", request.method, request.url.path)
+        return answer(request, 500, "Internal server error")
+    log.warning("Answered 503 for %s", type(error).__name__)
+    detail, headers = "The service is busy, try again", {"Retry-After": "1"}
+    return answer(request, 503, detail, headers, "temporarily_unavailable")
+
+
+# FastAPI's own handler of Exception raises it again, and the server then closes the
+# connection, losing the client's next request.
+app.add_middleware(ExceptionMiddleware, handlers={Exception: failed})
 app.add_middleware(
     CORSMiddleware,
     allow_origins=settings.cors_origins,
@@ -884,114 +822,17 @@ app.add_middleware(
 )
 
 
-GRANT_TYPES = "grant_type must be password or refresh_token"
-
-
-def is_oauth2(request: Request) -> bool:
-    """Tell whether the client expects errors in the form of OAuth2."""
-    return request.url.path.endswith((f"{AUTH_PATH}/token", f"{AUTH_PATH}/revoke"))
-
-
-@app.exception_handler(RequestValidationError)
-async def invalid_input(request: Request, error: RequestValidationError) -> Response:
-    """Say what is wrong with the input, without repeating it: it may be a password."""
-    errors: list[dict[str, Any]] = []
-    for e in error.errors():
-        kept = {"type": e["type"], "loc": e["loc"], "msg": e["msg"]}
-        if e["type"] == "extra_forbidden":  # its name, too, is what was sent
-            body = request.scope["route"].body_field.field_info.annotation
-            allowed = ", ".join(body.model_fields)
-            kept |= {"loc": e["loc"][:-1], "msg": f"Unknown field: send only {allowed}"}
-        if kept not in errors:  # a thousand unknown fields are one mistake
-            errors.append(kept)
-    if is_oauth2(request):
-        first = error.errors()[0]
-        if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
-            mistake = OAuth2Error("unsupported_grant_type", GRANT_TYPES)
-        else:
-            name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
-            mistake = OAuth2Error("invalid_request", f"{name} is missing or not valid")
-        return await oauth2_error(request, mistake)
-    return JSONResponse({"detail": errors}, 422)
-
-
-@app.exception_handler(405)
-async def method_not_allowed(request: Request, error: HTTPException) -> Response:
-    """Say which methods there are (RFC 9110): each route knows its own only."""
-    allowed = {
-        method
-        for route in iter_route_contexts(app.routes)
-        if route.matches(request.scope)[0] is not Match.NONE
-        for method in route.methods or ()
-    }
-    error.headers = {"Allow": ", ".join(sorted(allowed))}
-    return await http_exception_handler(request, error)
-
-
-@app.exception_handler(400)
-async def unreadable_body(request: Request, error: HTTPException) -> Response:
-    """Answer for a body that cannot be read in the form that the client expects."""
-    if not is_oauth2(request):
-        return await http_exception_handler(request, error)
-    if not isinstance(error, OAuth2Error):
-        error = OAuth2Error("invalid_request", "The form cannot be read")
-    return await oauth2_error(request, error)
-
-
-@app.exception_handler(OAuth2Error)
-async def oauth2_error(_: Request, error: OAuth2Error) -> Response:
-    """Answer in the form of RFC 6749, section 5.2."""
-    content = {
-        "error": error.error,
-        "error_description": error.detail,
-        "detail": error.detail,
-    }
-    headers = {**(error.headers or {}), "Cache-Control": "no-store"}
-    return JSONResponse(content, error.status_code, headers)
-
-
-@app.exception_handler(IntegrityError)
-async def refused_by_database(request: Request, error: IntegrityError) -> Response:
-    """Answer what the database refused: no SELECT beforehand can know, in a race."""
-    if "foreign key" in str(error.orig).lower():  # the caller was deleted meanwhile
-        return await http_exception_handler(request, unauthorized())
-    taken = "email" in str(error.orig)
-    detail = "Email already registered" if taken else "It conflicts with what is stored"
-    return JSONResponse({"detail": detail}, 400)
-
-
-@app.exception_handler(StaleDataError)
-async def gone_meanwhile(_: Request, __: StaleDataError) -> Response:
-    """Answer for a row that another request deleted while this one changed it."""
-    return JSONResponse({"detail": "Not found"}, 404)
-
-
-@app.exception_handler(DBAPIError)
-@app.exception_handler(PoolTimeoutError)
-@app.exception_handler(OSError)
-async def unavailable(request: Request, error: Exception) -> Response:
-    """Answer for a database that is away, frozen or overloaded: come back later."""
-    if not is_outage(error):
-        raise error
-    log.warning("Answered 503 for %s", type(error).__name__)
-    detail, headers = "The service is busy, try again", {"Retry-After": "1"}
-    if is_oauth2(request):
-        problem = OAuth2Error("temporarily_unavailable", detail, 503, headers)
-        return await oauth2_error(request, problem)
-    return JSONResponse({"detail": detail}, 503, headers)
-
-
 # --- Routes: auth
 
 auth = APIRouter(
     prefix=AUTH_PATH,
     tags=["auth"],
     max_body_size=settings.max_body_size,
-    responses=problems(400, 503, model=OAuth2Problem) | problems(413),
+    responses=problems(400, 429, 503, model=OAuth2Problem) | TOO_LARGE,
 )
 
 
-@auth.post("/token", responses=problems(429, model=OAuth2Problem))
+@auth.post("/token")
 async def create_token(
     grant: Annotated[PasswordGrant | RefreshGrant, Form(discriminator="grant_type")],
     session: SessionDep,
@@ -1014,10 +855,10 @@ async def log_in(
     session: AsyncSession, username: str, password: str, client: str
 ) -> Token:
     """Return the tokens of a new login, or raise `invalid_grant`."""
-    refused = OAuth2Error("invalid_grant", "Wrong email or password")
+    refused = InvalidGrant(400, "Wrong email or password")
     try:
-        email = normal_email(username)
-    except PydanticCustomError:
+        email = EMAIL.validate_python(username)
+    except ValidationError:
         email = username  # nobody's, and answered in the same time
     user = (await session.exec(select(User).where(User.email == email))).first()
     await session.commit()
@@ -1036,7 +877,7 @@ async def log_in(
         user_id=user.id,
         family_hash=digest(family),
         secret_hash=digest(secret),
-        expires_at=refresh_expiry(),
+        expires_at=utc_now() + REFRESH_LIFETIME,
     )
     session.add(login)
     await session.flush()
@@ -1046,24 +887,24 @@ async def log_in(
 async def renew(session: AsyncSession, refresh_token: str) -> Token:
     """Return new tokens for a login, or raise `invalid_grant`, having ended it."""
     family, _, spent = refresh_token.partition(".")
-    secret = token_urlsafe(32)
+    secret, now = token_urlsafe(32), utc_now()
     # One statement decides: of several uses at once, one finds the secret unspent.
     rotated = await session.exec(
         update(Login)
         .where(
             col(Login.family_hash) == digest(family),
             col(Login.secret_hash) == digest(spent),
-            col(Login.expires_at) > utc_now(),
+            col(Login.expires_at) > now,
             col(Login.user_id).in_(select(User.id).where(User.is_active)),
         )
-        .values(secret_hash=digest(secret), expires_at=refresh_expiry())
+        .values(secret_hash=digest(secret), expires_at=now + REFRESH_LIFETIME)
         .returning(col(Login.id), col(Login.user_id))
     )
     if row := rotated.first():
         return make_token(row[0], row[1], f"{family}.{secret}")
     await session.exec(delete(Login).where(col(Login.family_hash) == digest(family)))
     await session.commit()  # the error below would undo it
-    raise OAuth2Error("invalid_grant", "Log in again: the refresh token is not valid")
+    raise InvalidGrant(400, "Log in again: the refresh token is not valid")
 
 
 @auth.post("/revoke", response_class=Response)
@@ -1076,11 +917,9 @@ async def revoke_token(
     """
     family = digest(form.token.partition(".")[0])
     claims = read_access_token(form.token, expired=True)
+    is_meant = col(Login.id) == (claims.sid if claims else None)
     await session.exec(
-        delete(Login).where(
-            (col(Login.family_hash) == family)
-            | (col(Login.id) == (claims.sid if claims else None))
-        )
+        delete(Login).where((col(Login.family_hash) == family) | is_meant)
     )
     return Response(headers={"Cache-Control": "no-store"})
 
@@ -1094,25 +933,22 @@ users = APIRouter(
     prefix=f"{settings.api_v1_prefix}/users",
     tags=["users"],
     max_body_size=settings.max_body_size,
-    responses=problems(413, 503),
+    responses=problems(503) | TOO_LARGE,
 )
+UserId = Id | Literal["me"]
 
 
-@users.post(
-    "", response_model=UserPublic, status_code=201, responses=problems(400, 422)
-)
+@users.post("", response_model=UserPublic, status_code=201, responses=problems(400))
 async def create_user(body: UserCreate, session: SessionDep) -> User:
     """Register. The email is kept in lower case; one email, one user."""
-    fields = body.model_dump(exclude={"password"})
-    user = User(**fields, hashed_password=await hash_password(body.password))
+    hashed = {"hashed_password": await hash_password(body.password)}
+    user = User.model_validate(body, update=hashed)
     session.add(user)
     await session.flush()  # a taken email shows here, even in a race
     return user
 
 
-@users.get(
-    "", response_model=list[UserPublic], responses=problems(401, 403, 422) | LINK
-)
+@users.get("", response_model=list[UserPublic], responses=problems(401, 403) | LINK)
 async def list_users(
     token: TokenDep, page: PageDep, request: Request, response: Response
 ) -> Any:
@@ -1123,102 +959,77 @@ async def list_users(
     return one_page(rows, page, request, response)
 
 
-@users.get("/me", response_model=UserPublic, responses=problems(401))
-async def read_me(token: TokenDep) -> Any:
-    """Return the user who is logged in."""
-    return await fetch_one(READ_ME, token)
-
-
-@users.get("/{user_id}", response_model=UserPublic, responses=problems(401, 404, 422))
-async def read_user(user_id: Id, token: TokenDep) -> Any:
-    """Return a user: oneself, or anybody for a superuser."""
-    return await fetch_one(READ_USER, token, user_id=user_id)
-
-
-@users.patch(
-    "/me", response_model=UserPublic, responses=problems(400, 401, 403, 422, 429)
-)
-async def update_me(changes: UserUpdate, token: TokenDep, session: SessionDep) -> User:
-    """Change what is sent of oneself; email and password need `current_password`."""
-    return await change_user(token.sub, changes, token, session)
+@users.get("/{user_id}", response_model=UserPublic, responses=problems(401, 404))
+async def read_user(user_id: UserId, token: TokenDep) -> Any:
+    """Return a user: oneself, as `me` or by id, or anybody for a superuser."""
+    if user_id == "me":
+        return await fetch_one(READ_ME, token)
+    return await fetch_one(READ_USER, token, id=user_id)
 
 
 @users.patch(
     "/{user_id}",
     response_model=UserPublic,
-    responses=problems(400, 401, 403, 404, 422, 429),
+    responses=problems(400, 401, 403, 404, 429),
 )
 async def update_user(
-    user_id: Id, changes: UserUpdate, token: TokenDep, session: SessionDep
+    user_id: UserId, changes: UserUpdate, token: TokenDep, session: SessionDep
 ) -> User:
-    """Change what is sent of a user: oneself, or anybody for a superuser.
+    """Change what is sent of a user: of oneself, or of anybody for a superuser.
 
-    A new password ends the user's logins, but for the one that made this call.
+    To change one's own email or password takes `current_password`. A new password
+    ends the user's logins, but for the one that made this call.
     """
-    return await change_user(user_id, changes, token, session)
-
-
-async def change_user(
-    user_id: int, changes: UserUpdate, token: AccessToken, session: AsyncSession
-) -> User:
-    """Return a user, changed as the caller may; raise 401, 403 or 404 otherwise."""
+    id_ = token.sub if user_id == "me" else user_id
+    own = id_ == token.sub
     sent = changes.model_dump(exclude_unset=True)
     guess, password = sent.pop("current_password", None), sent.pop("password", None)
-    old = await fetch_one(READ_USER, token, user_id=user_id)
-    own = user_id == token.sub
-    if {"is_active", "is_superuser"} & sent.keys() and own:  # nobody else, but by right
+    old = await fetch_one(READ_USER, token, id=id_)
+    if own and {"is_active", "is_superuser"} & sent.keys():
         raise HTTPException(
             403, "Only a superuser may change is_active and is_superuser, of others"
         )
     proven = own and (password or sent.get("email", old.email) != old.email)
+    wrong = HTTPException(403, "current_password is missing or wrong")
     if proven:
-        pair = digest(f"password of {user_id}")
-        if not guess or not await check_password(
-            session, pair, guess, old.hashed_password
-        ):
-            raise HTTPException(403, "current_password is missing or wrong")
+        pair, known = digest(f"password of {id_}"), old.hashed_password
+        if not guess or not await check_password(session, pair, guess, known):
+            raise wrong
         await session.commit()
     if password:
         sent["hashed_password"] = await hash_password(password)
     # Only now the transaction: none is open while a password is hashed. That took its
     # time, so that who is calling, and what they may, is asked again.
-    await lock_users(session, token.sub, user_id)
-    user = await load(session, READ_USER, token, user_id=user_id)
+    await lock_users(session, token.sub, id_)
+    user = await load(session, READ_USER, token, id=id_)
     if proven and user.hashed_password != old.hashed_password:
-        raise HTTPException(403, "current_password is missing or wrong")
+        raise wrong
     user.sqlmodel_update(sent)
     await session.flush()
     if password or not user.is_active:  # after the row is locked: see `log_in`
-        ended = delete(Login).where(col(Login.user_id) == user_id)
+        ended = delete(Login).where(col(Login.user_id) == id_)
         await session.exec(ended.where(col(Login.id) != token.sid))
     return user
 
 
-@users.delete("/me", status_code=204, responses=problems(401, 403))
-async def delete_me(token: TokenDep, session: SessionDep) -> None:
-    """Delete oneself, with all items and logins; not for superusers."""
-    await remove_user(token.sub, token, session)
+@users.delete("/{user_id}", status_code=204, responses=problems(401, 403, 404))
+async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> None:
+    """Delete a user with all items and logins: oneself, or anybody for a superuser.
 
-
-@users.delete("/{user_id}", status_code=204, responses=problems(401, 403, 404, 422))
-async def delete_user(user_id: Id, token: TokenDep, session: SessionDep) -> None:
-    """Delete a user with all items and logins: oneself, or anybody for a superuser."""
-    await remove_user(user_id, token, session)
+    Superusers cannot delete themselves.
+    """
+    id_ = token.sub if user_id == "me" else user_id
+    await lock_users(session, token.sub, id_)
+    user = await load(session, READ_USER, token, id=id_)
+    if user.id == token.sub and user.is_superuser:
+        raise HTTPException(403, "A superuser cannot delete themself")
+    await session.delete(user)  # the database deletes what is theirs
 
 
 async def lock_users(session: AsyncSession, *ids: int) -> None:
     """Let one request at a time change users: two superusers cannot end each other."""
     users = select(User.id).where(col(User.id).in_(ids)).order_by(col(User.id))
     await session.exec(users.with_for_update(key_share=True))
-
-
-async def remove_user(user_id: int, token: AccessToken, session: AsyncSession) -> None:
-    """Delete a user as the caller may; raise 401, 403 or 404 otherwise."""
-    await lock_users(session, token.sub, user_id)
-    user = await load(session, READ_USER, token, user_id=user_id)
-    if user.id == token.sub and user.is_superuser:
-        raise HTTPException(403, "A superuser cannot delete themself")
-    await session.delete(user)  # the database deletes what is theirs
 
 
 app.include_router(users)
@@ -1230,27 +1041,23 @@ items = APIRouter(
     prefix=f"{settings.api_v1_prefix}/items",
     tags=["items"],
     max_body_size=settings.max_body_size,
-    responses=problems(401, 413, 503),
+    responses=problems(401, 503) | TOO_LARGE,
 )
 
 
-@items.post(
-    "", response_model=ItemPublic, status_code=201, responses=problems(400, 422)
-)
+@items.post("", response_model=ItemPublic, status_code=201, responses=problems(400))
 async def create_item(body: ItemCreate, token: TokenDep) -> Any:
     """Make an item of one's own."""
     return await fetch_one(CREATE_ITEM, token, **body.model_dump())
 
 
-@items.get("", response_model=list[ItemPublic], responses=problems(422) | LINK)
+@items.get("", response_model=list[ItemPublic], responses=LINK)
 async def list_items(
     token: TokenDep,
     page: PageDep,
     request: Request,
     response: Response,
-    owner_id: Annotated[
-        int | None, Query(ge=1, le=MAX_ID, description="Of this user only")
-    ] = None,
+    owner_id: Id | None = None,
 ) -> Any:
     """List one's own items, page by page; a superuser sees all, or one owner's."""
     values = page.model_dump()
@@ -1260,27 +1067,27 @@ async def list_items(
     return one_page(rows, page, request, response)
 
 
-@items.get("/{item_id}", response_model=ItemPublic, responses=problems(404, 422))
+@items.get("/{item_id}", response_model=ItemPublic, responses=problems(404))
 async def read_item(item_id: Id, token: TokenDep) -> Any:
     """Return an item of one's own; any for a superuser."""
-    return await fetch_one(READ_ITEM, token, item_id=item_id)
+    return await fetch_one(READ_ITEM, token, id=item_id)
 
 
-@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(400, 404, 422))
+@items.patch("/{item_id}", response_model=ItemPublic, responses=problems(400, 404))
 async def update_item(
     item_id: Id, changes: ItemUpdate, token: TokenDep, session: SessionDep
 ) -> Item:
     """Change what is sent of an item of one's own; of any for a superuser."""
-    item = await load(session, READ_ITEM, token, item_id=item_id)
+    item = await load(session, READ_ITEM, token, id=item_id)
     item.sqlmodel_update(changes.model_dump(exclude_unset=True))
     await session.flush()
     return item
 
 
-@items.delete("/{item_id}", status_code=204, responses=problems(404, 422))
+@items.delete("/{item_id}", status_code=204, responses=problems(404))
 async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None:
     """Delete an item of one's own; any for a superuser."""
-    item = await load(session, READ_ITEM, token, item_id=item_id)
+    item = await load(session, READ_ITEM, token, id=item_id)
     await session.delete(item)
 
 
@@ -1289,21 +1096,16 @@ app.include_router(items)
 
 # --- Routes: health, at the root and without a login
 
-health = APIRouter(tags=["health"])
 
-
-@health.get("/health")
+@app.get("/health", tags=["health"])
 async def read_health() -> Health:
     """Tell that the process is up; asks no database."""
     return Health(status="healthy")
 
 
-@health.get("/ready", responses=problems(503))
+@app.get("/ready", tags=["health"], responses=problems(503))
 async def read_readiness() -> Health:
     """Tell that the database answers; 503 while it does not."""
     async with autocommit.connect() as connection:
         await connection.execute(select(1))
     return Health(status="ready")
-
-
-app.include_router(health)

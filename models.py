@@ -1,29 +1,23 @@
 """The data of the service: what is stored, what comes in and what goes out.
 
-Users and items have a family of names each: `ThingBase` (what the table and the answers
-share), `Thing` (the table), `ThingCreate` and `ThingUpdate` (request bodies) and
-`ThingPublic` (answers). A table is never a request body: SQLModel does not validate
-tables, and a client could choose its own id. What comes in has its own, stricter types.
+Users and items have a family of names each: `ThingBase` (what all of them share),
+`Thing` (the table), `ThingCreate` and `ThingUpdate` (request bodies) and `ThingPublic`
+(answers). A table is never a request body: SQLModel does not validate tables, and a
+client could choose its own id.
 """
 
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
+import pydantic
 from email_validator import EmailNotValidError, validate_email
-from pydantic import (
-    MISSING,
-    AfterValidator,
-    GetJsonSchemaHandler,
-    StringConstraints,
-    WithJsonSchema,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import MISSING
+from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
 from sqlmodel import Field, SQLModel
 
-# --- Types of columns
+# --- Columns
 
 # Named, so that a migration can drop a constraint on any database, SQLite included.
 SQLModel.metadata.naming_convention = {
@@ -61,67 +55,56 @@ class Timestamps(SQLModel):
 # --- Types of what comes in: each ends a class of bad input, for every field
 
 
-def storable(text: str) -> str:
-    """Return a text that every database can store, else raise."""
-    # PostgreSQL stores no NUL, and a lone surrogate (JSON's "\ud800") is no UTF-8.
-    if "\0" in text or text.encode(errors="replace").decode() != text:
-        raise PydanticCustomError(
-            "text", "Leave out NUL characters and unpaired surrogates"
-        )
-    return text
-
-
 def normal_email(text: str) -> str:
-    """Return an address as it is stored, so that two spellings are one user."""
+    """Return an address as it is stored, so that two spellings are one user.
+
+    Not for long texts: to normalize one takes long.
+    """
     email = ""
-    if len(text) <= 254:  # before it is normalized, which takes long for a long text
-        with suppress(EmailNotValidError):  # whose message may repeat what was sent
-            parts = validate_email(
-                text.lower(), check_deliverability=False, test_environment=True
-            )
-            email = parts.normalized.lower()
-    if not 0 < len(email) <= 254:
-        raise PydanticCustomError(
-            "email", "Enter an email address, as name@example.com"
+    with suppress(EmailNotValidError):  # whose message may repeat what was sent
+        checked = validate_email(
+            text.lower(), check_deliverability=False, test_environment=True
         )
+        email = checked.normalized.lower()
+    if not 0 < len(email) <= 254:
+        message = "Enter an email address, as name@example.com"
+        raise PydanticCustomError("email", message)
     return email
 
 
 def hashable(password: str) -> str:
-    """Return a password that bcrypt reads to its end: it stops after 72 bytes."""
-    if len(password) < 8 or len(password.encode()) > 72:
-        raise PydanticCustomError(
-            "password", "Choose a password of 8 characters to 72 bytes (UTF-8)"
-        )
+    """Return a password that bcrypt reads to its end."""
+    if "\0" in password or len(password.encode()) > 72:
+        message = "Choose one of at most 72 bytes (UTF-8), without NUL"
+        raise PydanticCustomError("password", message)
     return password
 
 
-class Storable(AfterValidator):
-    """A check for storable text, and its pattern in the API's documents."""
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return handler(schema) | {"pattern": "^[^\\u0000]*$"}
-
-
-STORABLE = Storable(storable)  # behind the constraints of length, whose errors it hides
+# PostgreSQL stores no NUL. A lone surrogate (JSON's "\ud800") is no UTF-8, which the
+# check of a pattern or a length needs.
+STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")  # the last, for SQLModel
 Text = Annotated[str, STORABLE]
+Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
 Email = Annotated[
-    Text,
-    AfterValidator(normal_email),
-    WithJsonSchema({"type": "string", "format": "email", "maxLength": 254}),
+    str,
+    pydantic.Field(max_length=254, examples=["ada@example.com"]),
+    pydantic.Field(json_schema_extra={"format": "email"}),
+    pydantic.AfterValidator(normal_email),
 ]
 Password = Annotated[
-    Text,
-    AfterValidator(hashable),
-    WithJsonSchema(
-        {"type": "string", "format": "password", "minLength": 8, "maxLength": 72}
-    ),
+    str,
+    pydantic.Field(min_length=8, max_length=72, examples=["correct horse"]),
+    pydantic.Field(json_schema_extra={"format": "password"}),
+    pydantic.AfterValidator(hashable),
 ]
-FullName = Annotated[str, StringConstraints(max_length=255), STORABLE]
-Title = Annotated[str, StringConstraints(min_length=1, max_length=255), STORABLE]
-Description = Annotated[str, StringConstraints(max_length=10_000), STORABLE]
+FullName = Annotated[Text | None, pydantic.Field(max_length=255, examples=["Ada King"])]
+Title = Annotated[
+    str, pydantic.Field(min_length=1, max_length=255, examples=["Engine"]), STORABLE
+]
+Description = Annotated[
+    Text | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
+]
+Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 
 
 class Body(SQLModel):
@@ -141,9 +124,7 @@ class Answer(SQLModel):
 
 class UserBase(SQLModel):
     email: str = Field(max_length=254, unique=True)
-    full_name: str | None = Field(default=None, max_length=255)
-    is_active: bool = True
-    is_superuser: bool = False
+    full_name: FullName = None
 
 
 class User(Timestamps, UserBase, table=True):
@@ -156,48 +137,39 @@ class User(Timestamps, UserBase, table=True):
     )
 
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
+    is_active: bool = True
+    is_superuser: bool = False
     hashed_password: str = Field(max_length=60, exclude=True, repr=False)  # never shown
 
 
-class UserCreate(Body):
+class UserCreate(Body, UserBase):
     email: Email
     password: Password
-    full_name: FullName | None = None
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {
-                "email": "ada@example.com",
-                "password": "correct horse battery",
-                "full_name": "Ada Lovelace",
-            }
-        }
-    }
 
 
 class UserUpdate(Body):
     """Only what is sent changes; `full_name` alone may be null, which clears it."""
 
     email: Email | MISSING = MISSING
-    full_name: FullName | MISSING | None = MISSING
+    full_name: FullName | MISSING = MISSING
     password: Password | MISSING = MISSING
     current_password: Text | MISSING = MISSING
     is_active: bool | MISSING = MISSING
     is_superuser: bool | MISSING = MISSING
 
-    model_config = {"json_schema_extra": {"example": {"full_name": "Ada King"}}}
-
 
 class UserPublic(Answer, Timestamps, UserBase):
     id: int
+    is_active: bool
+    is_superuser: bool
 
 
 # --- Items
 
 
 class ItemBase(SQLModel):
-    title: str = Field(max_length=255)
-    description: str | None = Field(default=None, max_length=10_000)
+    title: Title
+    description: Description = None
 
 
 class Item(Timestamps, ItemBase, table=True):
@@ -213,24 +185,15 @@ class Item(Timestamps, ItemBase, table=True):
     owner_id: int = Field(foreign_key="users.id", ondelete="CASCADE", sa_type=BigInt)
 
 
-class ItemCreate(Body):
-    title: Title
-    description: Description | None = None
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {"title": "Engine", "description": "Analytical, brass and steam"}
-        }
-    }
+class ItemCreate(Body, ItemBase):
+    pass
 
 
 class ItemUpdate(Body):
     """Only what is sent changes; `description` may be null, which clears it."""
 
     title: Title | MISSING = MISSING
-    description: Description | MISSING | None = MISSING
-
-    model_config = {"json_schema_extra": {"example": {"title": "Difference engine"}}}
+    description: Description | MISSING = MISSING
 
 
 class ItemPublic(Answer, Timestamps, ItemBase):
@@ -275,6 +238,27 @@ class LoginAttempt(Timestamps, table=True):
     pair_hash: str = Field(max_length=64)  # see `check_password`
 
 
+class PasswordGrant(SQLModel):
+    """The form that logs in (RFC 6749, section 4.3.2)."""
+
+    grant_type: Literal["password"]
+    username: Filled = pydantic.Field(examples=["ada@example.com"])
+    password: Filled = pydantic.Field(examples=["correct horse"])
+
+
+class RefreshGrant(SQLModel):
+    """The form that renews a login (RFC 6749, section 6)."""
+
+    grant_type: Literal["refresh_token"]
+    refresh_token: Filled = pydantic.Field(examples=["mdfW.2fwu"])
+
+
+class Revocation(SQLModel):
+    """The form that ends a login (RFC 7009, section 2.1)."""
+
+    token: Filled = pydantic.Field(examples=["mdfW.2fwu"])
+
+
 class Token(Answer):
     """The answer of the token endpoint (RFC 6749, section 5.1)."""
 
@@ -287,49 +271,8 @@ class Token(Answer):
 class AccessToken(SQLModel):
     """What a verified access token says: which user, by which login."""
 
-    sub: int = Field(ge=1, le=MAX_ID)
-    sid: int = Field(ge=1, le=MAX_ID)
-
-
-class PasswordGrant(SQLModel):
-    """The form that logs in (RFC 6749, section 4.3.2)."""
-
-    grant_type: Literal["password"]
-    username: Text = Field(min_length=1, description="The email")
-    password: Text = Field(min_length=1)
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {
-                "grant_type": "password",
-                "username": "ada@example.com",
-                "password": "correct horse battery",
-            }
-        }
-    }
-
-
-class RefreshGrant(SQLModel):
-    """The form that renews a login (RFC 6749, section 6)."""
-
-    grant_type: Literal["refresh_token"]
-    refresh_token: Text = Field(min_length=1)
-
-    model_config = {
-        "json_schema_extra": {
-            "example": {"grant_type": "refresh_token", "refresh_token": "mdfW.2fwu"}
-        }
-    }
-
-
-class Revocation(SQLModel):
-    """The form that ends a login (RFC 7009, section 2.1)."""
-
-    token: Text = Field(
-        min_length=1,
-        description="An access or refresh token",
-        schema_extra={"examples": ["mdfW.2fwu"]},
-    )
+    sub: Id
+    sid: Id
 
 
 # --- What all routes share
@@ -354,20 +297,6 @@ class OAuth2Problem(Problem):
 
     error: str
     error_description: str
-
-
-class InvalidField(SQLModel):
-    """What is wrong with the input, and where."""
-
-    type: str
-    loc: list[str | int]
-    msg: str
-
-
-class Invalid(SQLModel):
-    """All that is wrong with the input."""
-
-    detail: list[InvalidField]
 
 
 class Health(SQLModel):
