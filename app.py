@@ -20,7 +20,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import parse_qsl, urlencode
 from weakref import WeakValueDictionary
 
@@ -35,15 +35,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import (
-    BeforeValidator,
-    Field,
-    SecretStr,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.exc import DBAPIError, DisconnectionError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -97,11 +90,6 @@ def stop(problem: str) -> NoReturn:
     raise SystemExit(f"Cannot start. {problem}") from None
 
 
-def comma_separated(value: str | list[str]) -> list[str]:
-    """Return the parts of a setting that lists several, as `a, b`."""
-    return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
-
-
 DEVELOPMENT_KEY = "a key that everybody knows: for development only"
 IS_DEVELOPMENT = os.environ.get("FASTAPI_ENV") == "development"  # by `fastapi dev`
 
@@ -130,41 +118,32 @@ class Settings(BaseSettings):
     bcrypt_rounds: int = Field(default=12, ge=4, le=31)  # 1 more: twice the time
     max_failed_logins: int = Field(default=10, ge=0)  # in 15 minutes; 0: no limit
     max_body_size: int = Field(default=2**20, ge=0)  # bytes
-    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(comma_separated)] = [
-        "*"
-    ]
+    cors_origins: str = "*"  # several: separated by commas
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = None
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        """Refuse what would be unsafe or unusable."""
-        if len(self.secret_key.get_secret_value().encode()) < 32:
-            raise ValueError(
-                "SECRET_KEY must have at least 32 bytes. Make one with: "
-                "python -c 'import secrets; print(secrets.token_hex(32))'"
-            )
-        known = r"(sqlite|postgres|postgresql)(\+\w+)?://.*"
-        if not re.fullmatch(known, self.database_url.get_secret_value()):
-            raise ValueError(
-                "DATABASE_URL must look like sqlite:///file.db "
-                "or postgresql://user:password@host/database"
-            )
-        if bool(self.first_superuser_email) != bool(self.first_superuser_password):
-            raise ValueError(
-                "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another"
-            )
-        return self
 
 
 try:
     settings = Settings()
 except ValidationError as error:
     wrong = [[*(str(p).upper() for p in e["loc"]), e["msg"]] for e in error.errors()]
-    stop("; ".join(": ".join(parts) for parts in wrong).replace("Value error, ", ""))
+    stop("; ".join(": ".join(parts) for parts in wrong))
 SECRET_KEY = settings.secret_key.get_secret_value()
 DATABASE_URL = settings.database_url.get_secret_value()
 IS_SQLITE = DATABASE_URL.startswith("sqlite")
+ORIGINS = [origin.strip() for origin in settings.cors_origins.split(",")]
+if len(SECRET_KEY.encode()) < 32:
+    stop(
+        "SECRET_KEY must have at least 32 bytes. Make one with: "
+        "python -c 'import secrets; print(secrets.token_hex(32))'"
+    )
+if not re.match(r"(sqlite|postgres|postgresql)(\+\w+)?://", DATABASE_URL):
+    stop(
+        "DATABASE_URL must look like sqlite:///file.db "
+        "or postgresql://user:password@host/database"
+    )
+if bool(settings.first_superuser_email) != bool(settings.first_superuser_password):
+    stop("FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another")
 
 
 # --- Database: one transaction a request, or one round trip for a lone statement
@@ -202,37 +181,64 @@ async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
     raise error
 
 
-OPTIONS: dict[str, Any] = {
-    "echo": settings.debug,
-    "hide_parameters": True,  # in the log and in errors
-    "poolclass": AsyncAdaptedQueuePool,
-    "pool_size": settings.database_pool_size,
-    "max_overflow": 0,
-    "pool_timeout": settings.database_timeout,
-}
-# A lone statement is a transaction of its own (AUTOCOMMIT): BEGIN, COMMIT and ROLLBACK
-# around it would be round trips for nothing.
-AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
-
-
-def make_postgresql_engines(
-    statement_timeout: float | None = settings.database_timeout,
-) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return an engine for transactions and one for lone statements, of one pool.
-
-    `statement_timeout`: seconds, None for no limit.
-    """
-    cache_size = settings.database_statement_cache_size
+cache_size = settings.database_statement_cache_size
+if IS_SQLITE:
+    url = sa.make_url(DATABASE_URL).set(drivername="sqlite+aiosqlite")
+    arguments: dict[str, Any] = {
+        "timeout": settings.database_timeout,
+        "isolation_level": None,  # the driver begins nothing by itself
+    }
+else:
+    url = sa.make_url("postgresql+asyncpg://")
     arguments = {
         "async_creator_fn": connect,
         "hosts": postgresql_urls(),
-        "command_timeout": statement_timeout,
+        "command_timeout": settings.database_timeout,
         "statement_cache_size": cache_size,
         "prepared_statement_cache_size": cache_size,
     }
-    autocommit = create_async_engine(
-        "postgresql+asyncpg://", connect_args=arguments, **OPTIONS, **AUTOCOMMIT
-    )
+
+
+def make_engine(**options: Any) -> AsyncEngine:
+    """Return an engine with a pool of connections; requests wait for one in line."""
+    defaults = {
+        "echo": settings.debug,
+        "hide_parameters": True,  # in the log and in errors
+        "connect_args": arguments,
+        "poolclass": AsyncAdaptedQueuePool,
+        "pool_size": settings.database_pool_size,
+        "max_overflow": 0,
+        "pool_timeout": settings.database_timeout,
+    }
+    return create_async_engine(url, **defaults | options)
+
+
+# For lone statements, each a transaction of its own: BEGIN, COMMIT and ROLLBACK around
+# it would be round trips for nothing.
+autocommit = make_engine(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+
+if IS_SQLITE:
+    # SQLite has one writer at a time. Here transactions wait in line for a connection;
+    # the file's lock, where who waits longest may lose, is for other processes.
+    engine = make_engine(pool_size=1)
+    if url.database in (None, "", ":memory:"):  # it is its one connection
+        autocommit = engine
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Any) -> None:
+        if connection.connection.driver_connection.in_transaction:
+            connection.exec_driver_sql("ROLLBACK")  # what a failed COMMIT left
+        # A deferred BEGIN fails at once, without waiting, if it reads before it writes.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    @sa.event.listens_for(autocommit.sync_engine, "connect")
+    def configure(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode = WAL").close()
+        connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
+
+else:
+    engine = autocommit.execution_options(isolation_level="READ COMMITTED")  # one pool
 
     @sa.event.listens_for(autocommit.sync_engine, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
@@ -248,43 +254,6 @@ def make_postgresql_engines(
             context.invalidate_pool_on_disconnect = False
             # at once: to close it in order would be to wait for an answer again
             context.connection.connection.driver_connection.terminate()
-
-    return autocommit.execution_options(isolation_level="READ COMMITTED"), autocommit
-
-
-def make_sqlite_engines() -> tuple[AsyncEngine, AsyncEngine]:
-    """Return the same for SQLite: one connection for transactions, a pool for the rest.
-
-    SQLite has one writer at a time. Here transactions wait in line for the connection;
-    the file's lock, where who waits longest may lose, is for other processes.
-    """
-    url = sa.make_url(DATABASE_URL).set(drivername="sqlite+aiosqlite")
-    # None: the driver begins nothing by itself
-    arguments = {"isolation_level": None, "timeout": settings.database_timeout}
-    options = OPTIONS | {"connect_args": arguments}
-    transactions = create_async_engine(url, **options | {"pool_size": 1})
-    autocommit = create_async_engine(url, **options, **AUTOCOMMIT)
-
-    @sa.event.listens_for(transactions.sync_engine, "begin")
-    def begin(connection: Any) -> None:
-        if connection.connection.driver_connection.in_transaction:
-            connection.exec_driver_sql("ROLLBACK")  # what a failed COMMIT left
-        # A deferred BEGIN fails at once, without waiting, if it reads before it writes.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    for either in (transactions, autocommit):
-
-        @sa.event.listens_for(either.sync_engine, "connect")
-        def configure(connection: Any, _: object) -> None:
-            connection.execute("PRAGMA journal_mode = WAL").close()
-            connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
-
-    in_memory = url.database in (None, "", ":memory:")  # it is its one connection
-    return transactions, transactions if in_memory else autocommit
-
-
-make_engines = make_sqlite_engines if IS_SQLITE else make_postgresql_engines
-engine, autocommit = make_engines()
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -444,11 +413,6 @@ def read_access_token(token: str, *, expired: bool = False) -> AccessToken | Non
 # --- Who is calling: every statement starts from the login behind the access token
 
 
-def not_found() -> HTTPException:
-    """Return the error for what is not there or not the caller's to see: the same."""
-    return HTTPException(404, "Not found")
-
-
 def unauthorized() -> HTTPException:
     """Return the error for every token that does not count (RFC 6750)."""
     headers = {"WWW-Authenticate": "Bearer"}
@@ -518,7 +482,7 @@ async def fetch_one(
     """Return the one row of a statement; what the caller may not see is not there."""
     [row] = await fetch(statement, token, **values)
     if row.id is None:
-        raise not_found()
+        raise HTTPException(404, "Not found")
     return row
 
 
@@ -534,7 +498,7 @@ async def load[T](
     if not found:
         raise unauthorized()
     if found[0] is None:
-        raise not_found()
+        raise HTTPException(404, "Not found")
     return found[0]
 
 
@@ -616,7 +580,8 @@ MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
 @asynccontextmanager
 async def migration_connection() -> AsyncGenerator[AsyncConnection]:
     """Yield a transaction to migrate in: one at a time, however many workers start."""
-    patient = engine if IS_SQLITE else make_postgresql_engines(None)[0]
+    unlimited = arguments | {"command_timeout": None}
+    patient = engine if IS_SQLITE else make_engine(connect_args=unlimited)
     async with patient.connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
         if IS_SQLITE:  # to alter a table is to drop its old copy: that must not cascade
@@ -796,7 +761,7 @@ async def refused_by_database(request: Request, error: IntegrityError) -> Respon
 @app.exception_handler(StaleDataError)
 async def gone_meanwhile(request: Request, _: StaleDataError) -> Response:
     """Answer for a row that another request deleted while this one changed it."""
-    return await refused(request, not_found())
+    return answer(request, 404, "Not found")
 
 
 async def failed(request: Request, error: Exception) -> Response:
@@ -814,8 +779,8 @@ async def failed(request: Request, error: Exception) -> Response:
 app.add_middleware(ExceptionMiddleware, handlers={Exception: failed})
 app.add_middleware(
     CORSMiddleware,
-    allow_origins=settings.cors_origins,
-    allow_credentials="*" not in settings.cors_origins,
+    allow_origins=ORIGINS,
+    allow_credentials="*" not in ORIGINS,
     allow_methods=["*"],
     allow_headers=["*"],
     expose_headers=["Link", "Retry-After"],
