@@ -471,9 +471,15 @@ async def fetch(
             return rows
 
     params = {"sid": token.sid, "sub": token.sub, **values}
-    if rows := await greenlet_spawn(run):
-        return rows
-    raise unauthorized()
+    try:
+        rows = await greenlet_spawn(run)
+    except DBAPIError as error:
+        if not (error.connection_invalidated and statement.is_select):
+            raise
+        rows = await greenlet_spawn(run)  # the server had just hung up: nothing is done
+    if not rows:
+        raise unauthorized()
+    return rows
 
 
 async def fetch_one(
