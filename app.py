@@ -183,14 +183,14 @@ async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
 
 cache_size = settings.database_statement_cache_size
 if IS_SQLITE:
-    url = sa.make_url(DATABASE_URL).set(drivername="sqlite+aiosqlite")
-    arguments: dict[str, Any] = {
+    engine_url = sa.make_url(DATABASE_URL).set(drivername="sqlite+aiosqlite")
+    connect_args: dict[str, Any] = {
         "timeout": settings.database_timeout,
         "isolation_level": None,  # the driver begins nothing by itself
     }
 else:
-    url = sa.make_url("postgresql+asyncpg://")
-    arguments = {
+    engine_url = sa.make_url("postgresql+asyncpg://")
+    connect_args = {
         "async_creator_fn": connect,
         "hosts": postgresql_urls(),
         "command_timeout": settings.database_timeout,
@@ -204,13 +204,13 @@ def make_engine(**options: Any) -> AsyncEngine:
     defaults = {
         "echo": settings.debug,
         "hide_parameters": True,  # in the log and in errors
-        "connect_args": arguments,
+        "connect_args": connect_args,
         "poolclass": AsyncAdaptedQueuePool,
         "pool_size": settings.database_pool_size,
         "max_overflow": 0,
         "pool_timeout": settings.database_timeout,
     }
-    return create_async_engine(url, **defaults | options)
+    return create_async_engine(engine_url, **defaults | options)
 
 
 # For lone statements, each a transaction of its own: BEGIN, COMMIT and ROLLBACK around
@@ -221,7 +221,7 @@ if IS_SQLITE:
     # SQLite has one writer at a time. Here transactions wait in line for a connection;
     # the file's lock, where who waits longest may lose, is for other processes.
     engine = make_engine(pool_size=1)
-    if url.database in (None, "", ":memory:"):  # it is its one connection
+    if engine_url.database in (None, "", ":memory:"):  # it is its one connection
         autocommit = engine
 
     @sa.event.listens_for(engine.sync_engine, "begin")
@@ -586,7 +586,7 @@ MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
 @asynccontextmanager
 async def migration_connection() -> AsyncGenerator[AsyncConnection]:
     """Yield a transaction to migrate in: one at a time, however many workers start."""
-    unlimited = arguments | {"command_timeout": None}
+    unlimited = connect_args | {"command_timeout": None}
     patient = engine if IS_SQLITE else make_engine(connect_args=unlimited)
     async with patient.connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
