@@ -157,6 +157,8 @@ class UserUpdate(Body):
     is_active: bool | MISSING = MISSING
     is_superuser: bool | MISSING = MISSING
 
+    model_config = {"json_schema_extra": {"example": {"full_name": "Ada King"}}}
+
 
 class UserPublic(Answer, Timestamps, UserBase):
     id: int
