@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
@@ -324,8 +324,12 @@ async def hash_password(password: str) -> str:
     return hashed.decode()
 
 
-class InvalidGrant(HTTPException):
-    """A login that cannot be: `invalid_grant` to OAuth2 clients (RFC 6749, 5.2)."""
+class OAuth2Error(HTTPException):
+    """An error with the code that OAuth2 clients know it by (RFC 6749, section 5.2)."""
+
+    def __init__(self, code: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 def digest(text: str) -> str:
@@ -355,7 +359,8 @@ async def count_attempt(session: AsyncSession, pair: str) -> None:
     failed = (await session.exec(newest)).all()
     if len(failed) == settings.max_failed_logins:
         headers = {"Retry-After": str(int((failed[-1] - since).total_seconds()) + 1)}
-        raise InvalidGrant(429, "Too many failed logins, try again later", headers)
+        detail = "Too many failed logins, try again later"
+        raise OAuth2Error("invalid_grant", 429, detail, headers)
     session.add(LoginAttempt(pair_hash=pair))
 
 
@@ -703,47 +708,34 @@ def is_oauth2(request: Request) -> bool:
     return request.url.path.endswith((f"{AUTH_PATH}/token", f"{AUTH_PATH}/revoke"))
 
 
-def answer(
-    request: Request,
-    status: int,
-    detail: object,
-    headers: Mapping[str, str] | None = None,
-    error: str = "invalid_request",
-) -> Response:
-    """Return an error, where OAuth2 clients ask with its code (RFC 6749, 5.2)."""
-    content = {"detail": detail}
-    if is_oauth2(request):
-        content |= {"error": error, "error_description": detail}
-        headers = {**(headers or {}), "Cache-Control": "no-store"}
-    return JSONResponse(content, status, headers)
-
-
 @app.exception_handler(StarletteHTTPException)
 async def refused(request: Request, error: StarletteHTTPException) -> Response:
     """Answer what a route has raised, or FastAPI where there is none."""
+    content, headers = {"detail": error.detail}, dict(error.headers or {})
     if error.status_code == 405:  # each route knows its own methods only (RFC 9110)
         routes = iter_route_contexts(app.routes)
         matching = (r for r in routes if r.matches(request.scope)[0] is not Match.NONE)
         methods = {method for route in matching for method in route.methods or ()}
-        error.headers = {"Allow": ", ".join(sorted(methods))}
-    code = "invalid_grant" if isinstance(error, InvalidGrant) else "invalid_request"
-    return answer(request, error.status_code, error.detail, error.headers, code)
+        headers["Allow"] = ", ".join(sorted(methods))
+    if is_oauth2(request):  # RFC 6749, section 5.2
+        code = getattr(error, "code", "invalid_request")
+        content |= {"error": code, "error_description": error.detail}
+        headers["Cache-Control"] = "no-store"
+    return JSONResponse(content, error.status_code, headers)
 
 
 @app.exception_handler(RequestValidationError)
 async def invalid(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
-    first = error.errors()[0]
-    if (
-        is_oauth2(request)
-        and first["type"] == "union_tag_invalid"
-        and first["ctx"]["tag"]
-    ):
-        detail = "grant_type must be password or refresh_token"
-        return answer(request, 400, detail, error="unsupported_grant_type")
     if is_oauth2(request):
+        first = error.errors()[0]
+        if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
+            detail = "grant_type must be password or refresh_token"
+            mistake = OAuth2Error("unsupported_grant_type", 400, detail)
+            return await refused(request, mistake)
         name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
-        return answer(request, 400, f"{name} is missing or not valid")
+        detail = f"{name} is missing or not valid"
+        return await refused(request, HTTPException(400, detail))
     errors: list[dict[str, Any]] = []
     for e in error.errors():
         # The name of an unknown field, too, is what was sent.
@@ -751,7 +743,7 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
         kept = {"type": e["type"], "loc": loc, "msg": e["msg"]}
         if kept not in errors:  # a thousand unknown fields are one mistake
             errors.append(kept)
-    return answer(request, 422, errors)
+    return await refused(request, HTTPException(422, errors))
 
 
 @app.exception_handler(IntegrityError)
@@ -761,23 +753,24 @@ async def refused_by_database(request: Request, error: IntegrityError) -> Respon
         return await refused(request, unauthorized())
     taken = "email" in str(error.orig)
     detail = "Email already registered" if taken else "It conflicts with what is stored"
-    return answer(request, 400, detail)
+    return await refused(request, HTTPException(400, detail))
 
 
 @app.exception_handler(StaleDataError)
 async def gone_meanwhile(request: Request, _: StaleDataError) -> Response:
     """Answer for a row that another request deleted while this one changed it."""
-    return answer(request, 404, "Not found")
+    return await refused(request, HTTPException(404, "Not found"))
 
 
 async def failed(request: Request, error: Exception) -> Response:
     """Answer for a database that is away or overloaded, and for mistakes of ours."""
-    if not is_outage(error):
-        log.exception("Unforeseen error at %s %s", request.method, request.url.path)
-        return answer(request, 500, "Internal server error")
-    log.warning("Answered 503 for %s", type(error).__name__)
-    detail, headers = "The service is busy, try again", {"Retry-After": "1"}
-    return answer(request, 503, detail, headers, "temporarily_unavailable")
+    if is_outage(error):
+        log.warning("Answered 503 for %s", type(error).__name__)
+        reason, wait = "The service is busy, try again", {"Retry-After": "1"}
+        busy = OAuth2Error("temporarily_unavailable", 503, reason, wait)
+        return await refused(request, busy)
+    log.exception("Unforeseen error at %s %s", request.method, request.url.path)
+    return await refused(request, HTTPException(500, "Internal server error"))
 
 
 # FastAPI's own handler of Exception raises it again, and the server then closes the
@@ -826,7 +819,7 @@ async def log_in(
     session: AsyncSession, username: str, password: str, client: str
 ) -> Token:
     """Return the tokens of a new login, or raise `invalid_grant`."""
-    refused = InvalidGrant(400, "Wrong email or password")
+    refused = OAuth2Error("invalid_grant", 400, "Wrong email or password")
     try:
         email = EMAIL.validate_python(username)
     except ValidationError:
@@ -875,7 +868,8 @@ async def renew(session: AsyncSession, refresh_token: str) -> Token:
         return make_token(row[0], row[1], f"{family}.{secret}")
     await session.exec(delete(Login).where(col(Login.family_hash) == digest(family)))
     await session.commit()  # the error below would undo it
-    raise InvalidGrant(400, "Log in again: the refresh token is not valid")
+    detail = "Log in again: the refresh token is not valid"
+    raise OAuth2Error("invalid_grant", 400, detail)
 
 
 @auth.post("/revoke", response_class=Response)

@@ -1329,6 +1329,16 @@ async def test_connections_that_died_while_idle_cost_no_request_an_error(
                 f"WHERE datname = '{name}'"
             )
             await until(lambda: all(driver.is_closed() for driver in drivers))
+        # Nor does a read that comes before the app has heard of it.
+        form = {"grant_type": "password", "username": ROOT, "password": PASSWORD}
+        tokens = (await client.post("/api/v1/auth/token", data=form)).json()
+        client.headers["Authorization"] = f"Bearer {tokens['access_token']}"
+        for _ in range(3):
+            postgres.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = '{name}'"
+            )
+            assert (await client.get("/api/v1/users/me")).status_code == 200
 
 
 @pytest.mark.parametrize("database", DATABASES)
