@@ -43,12 +43,9 @@ def utc_now() -> datetime:
 class Timestamps(SQLModel):
     """When a row was made and when it last changed, on every table."""
 
-    created_at: datetime = Field(
-        default_factory=utc_now, sa_column_kwargs={"default": utc_now}
-    )
+    created_at: datetime = Field(default_factory=utc_now)
     updated_at: datetime = Field(
-        default_factory=utc_now,
-        sa_column_kwargs={"default": utc_now, "onupdate": utc_now},
+        default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now}
     )
 
 
@@ -87,8 +84,7 @@ Text = Annotated[str, STORABLE]
 Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
 Email = Annotated[
     str,
-    pydantic.Field(max_length=254, examples=["ada@example.com"]),
-    pydantic.Field(json_schema_extra={"format": "email"}),
+    pydantic.Field(max_length=254, json_schema_extra={"format": "email"}),
     pydantic.AfterValidator(normal_email),
 ]
 Password = Annotated[
@@ -255,12 +251,6 @@ class RefreshGrant(SQLModel):
     refresh_token: Filled = pydantic.Field(examples=["mdfW.2fwu"])
 
 
-class Revocation(SQLModel):
-    """The form that ends a login (RFC 7009, section 2.1)."""
-
-    token: Filled = pydantic.Field(examples=["mdfW.2fwu"])
-
-
 class Token(Answer):
     """The answer of the token endpoint (RFC 6749, section 5.1)."""
 
@@ -299,9 +289,3 @@ class OAuth2Problem(Problem):
 
     error: str
     error_description: str
-
-
-class Health(SQLModel):
-    """The answer of a health check."""
-
-    status: Literal["healthy", "ready"]

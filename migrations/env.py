@@ -10,9 +10,8 @@ from logging.config import fileConfig
 
 from alembic import context
 from sqlalchemy import Connection
-from sqlmodel import SQLModel
 
-import models  # noqa: F401 - fills SQLModel.metadata
+from models import User
 
 config = context.config
 
@@ -21,7 +20,7 @@ def migrate(connection: Connection) -> None:
     """Run the command's migrations on a connection that is in a transaction."""
     context.configure(
         connection=connection,
-        target_metadata=SQLModel.metadata,
+        target_metadata=User.metadata,  # of all tables
         # SQLite can alter little: Alembic then copies the table (batch mode).
         render_as_batch=connection.dialect.name == "sqlite",
     )
