@@ -237,7 +237,7 @@ else:
 
     @sa.event.listens_for(autocommit.sync_engine, "handle_error")
     def drop_silent(context: Any) -> None:
-        # The late answer of a server that did not answer in time must meet nobody.
+        # A server that did not answer in time may be silent for good: on to another.
         if isinstance(context.original_exception, TimeoutError):
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
