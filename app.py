@@ -99,9 +99,9 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # a wrong value may be a password
     )
 
-    app_name: str = "My API"
+    app_name: str = Field(default="My API", min_length=1)
     debug: bool = False  # log SQL statements, without values
-    api_v1_prefix: str = Field(default="/api/v1", pattern=r"^(/[\w.-]+)*$")
+    api_v1_prefix: str = Field(default="/api/v1", pattern=r"^(/\w[\w.-]*)*$")
     secret_key: SecretStr = SecretStr(DEVELOPMENT_KEY if IS_DEVELOPMENT else "")
     database_url: SecretStr = SecretStr(f"sqlite:///{HERE / 'app.db'}")
     database_pool_size: int = Field(default=10, ge=1)  # connections a worker
@@ -112,8 +112,8 @@ class Settings(BaseSettings):
     access_token_expire_minutes: int = Field(default=30, ge=1, le=60 * 24 * 365)
     refresh_token_expire_days: int = Field(default=30, ge=1, le=3650)
     bcrypt_rounds: int = Field(default=12, ge=4, le=31)  # 1 more: twice the time
-    max_failed_logins: int = Field(default=10, ge=0)  # in 15 minutes; 0: no limit
-    max_body_size: int = Field(default=2**20, ge=0)  # bytes
+    max_failed_logins: int = Field(default=10, ge=0, le=1000)  # in 15 minutes; 0: off
+    max_body_size: int = Field(default=2**20, ge=1)  # bytes
     cors_origins: str = "*"  # several: separated by commas
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = None
@@ -131,7 +131,7 @@ ORIGINS = [origin.strip() for origin in settings.cors_origins.split(",")]
 if len(SECRET_KEY.encode()) < 32:
     make = "python -c 'import secrets; print(secrets.token_hex(32))'"
     stop(f"SECRET_KEY must have at least 32 bytes. Make one with: {make}")
-if not re.match(r"(sqlite|postgres|postgresql)(\+\w+)?://", DATABASE_URL):
+if not re.match(r"sqlite(\+\w+)?://(/|$)|postgres(ql)?(\+\w+)?://", DATABASE_URL):
     stop("DATABASE_URL must look like sqlite:///file.db or postgresql://user@host/db")
 if bool(settings.first_superuser_email) != bool(settings.first_superuser_password):
     stop("FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another")
@@ -139,10 +139,11 @@ if bool(settings.first_superuser_email) != bool(settings.first_superuser_passwor
 
 # --- Database: one transaction a request, or one round trip for a lone statement
 
-# What hosting services write for libpq and asyncpg would hand on to the server.
-LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "pgbouncer"}
-# What it logs at DEBUG has the values of statements, hashes of passwords among them.
+# What clients of libpq write, and asyncpg would hand on to the server as a setting.
+LIBPQ_ONLY = ("channel_", "connect_timeout", "gssencmode", "keepalive", "pgbouncer")
+# These log values: of statements, hashes of passwords among them, and of broken forms.
 logging.getLogger("aiosqlite").setLevel(logging.INFO)
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def postgresql_urls() -> list[str]:
@@ -151,7 +152,7 @@ def postgresql_urls() -> list[str]:
     user, at, place = address.partition("://")[2].rpartition("@")
     hosts, slash, database = place.partition("/")
     query = re.sub(r"\bssl=", "sslmode=", query)  # as SQLAlchemy's users write it
-    query = urlencode([pair for pair in parse_qsl(query) if pair[0] not in LIBPQ_ONLY])
+    query = urlencode([p for p in parse_qsl(query) if not p[0].startswith(LIBPQ_ONLY)])
     rest = f"{slash}{database}?{query}"
     return [f"postgresql://{user}{at}{host}{rest}" for host in hosts.split(",")]
 
@@ -167,7 +168,8 @@ async def connect(hosts: list[str], **options: Any) -> asyncpg.Connection:
             return await asyncpg.connect(host, timeout=timeout, **options)
         except (OSError, asyncpg.PostgresError, asyncpg.InternalClientError) as failure:
             error = failure
-            hosts.sort(key=host.__eq__)  # to the end: next time, begin with another
+            hosts.remove(host)  # for all who connect: next time, begin with another
+            hosts.append(host)
     raise error
 
 
@@ -262,7 +264,8 @@ async def take_turns(connection: AsyncConnection, key: int) -> None:
         await connection.execute(select(func.pg_advisory_xact_lock(key)))
 
 
-# SQLSTATE classes and SQLite errors that pass: no connection, no room, shut down, lock.
+# SQLSTATE classes and SQLite errors that pass: no connection, no room, shut down, lock,
+# a conflict of transactions, a standby that only reads.
 SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL")
 OUTAGES = ("08", "25006", "40", "53", "55P03", "57", *SQLITE_OUTAGES)
 
@@ -284,6 +287,7 @@ REFRESH_LIFETIME = timedelta(days=settings.refresh_token_expire_days)
 # bcrypt is made to take long: more threads than cores would only slow the rest down.
 hashing = anyio.CapacityLimiter(os.cpu_count() or 1)
 HASHING_PATIENCE = 15  # seconds to wait in line for a core, then 503
+# A pair is what guesses are counted by: a digest of email and address, or of a user.
 pairs_in_turn: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 # A hash that no password has, of the usual cost: an unknown email takes as long.
 NO_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
@@ -322,7 +326,7 @@ class OAuth2Error(HTTPException):
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal: enough for a random secret."""
+    """Return the SHA-256 of a text, in hexadecimal."""
     return sha256(text.encode()).hexdigest()
 
 
@@ -429,7 +433,7 @@ def by_login[S: sa.Select[*tuple[Any, ...]]](statement: S) -> S:
     """
     joined = statement.select_from(Login).join(User, col(User.id) == Login.user_id)
     claims = (col(Login.id) == bindparam("sid")) & (col(User.id) == bindparam("sub"))
-    return joined.where(claims, col(User.is_active))
+    return joined.where(claims, col(User.is_active), col(Login.expires_at) > func.now())
 
 
 type Rows = Sequence[sa.Row[Any]]
@@ -438,15 +442,15 @@ type Rows = Sequence[sa.Row[Any]]
 async def fetch(statement: sa.Executable, token: AccessToken, **values: Any) -> Rows:
     """Run one statement made with `by_login`, alone, and return its rows; none: 401.
 
-    No session, whose objects are made to be changed, and one greenlet for all three
-    steps: it halves the cost of a short query.
+    No session, whose objects are made to be changed, and one greenlet to connect,
+    execute and fetch: it halves the cost of a short query.
     """
 
     def run() -> Rows:
         with autocommit.sync_engine.connect() as connection:
             rows = connection.execute(statement, params).all()
             if not statement.is_select:
-                connection.commit()
+                connection.commit()  # where the engine is not autocommit: in memory
             return rows
 
     params = {"sid": token.sid, "sub": token.sub, **values}
@@ -547,18 +551,19 @@ MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
 async def migration_connection() -> AsyncGenerator[AsyncConnection]:
     """Yield a transaction to migrate in: one at a time, however many workers start."""
     unlimited = connect_args | {"command_timeout": None}
-    patient = engine if IS_SQLITE else make_engine(connect_args=unlimited)
+    alone = {"connect_args": unlimited, "poolclass": sa.NullPool}
+    patient = engine if IS_SQLITE else create_async_engine(engine_url, **alone)
     async with patient.connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        if IS_SQLITE:  # to alter a table is to drop its old copy: that must not cascade
-            await driver.execute("PRAGMA foreign_keys = OFF")
-        async with connection.begin():
-            await take_turns(connection, MIGRATIONS)
-            yield connection
-        if IS_SQLITE:
-            await driver.execute("PRAGMA foreign_keys = ON")
-    if not IS_SQLITE:
-        await patient.dispose()
+        try:
+            if IS_SQLITE:  # to alter a table drops its old copy: that must not cascade
+                await driver.execute("PRAGMA foreign_keys = OFF")
+            async with connection.begin():
+                await take_turns(connection, MIGRATIONS)
+                yield connection
+        finally:
+            if IS_SQLITE:
+                await driver.execute("PRAGMA foreign_keys = ON")
 
 
 async def schema_is_current() -> bool:
@@ -578,10 +583,13 @@ async def schema_is_current() -> bool:
 
 def upgrade(connection: sa.Connection) -> None:
     """Run the migrations that the database has not seen."""
-    from alembic import command, config
+    from alembic import command, config, util
 
     options = config.Config(HERE / "alembic.ini", attributes={"connection": connection})
-    command.upgrade(options, "head")
+    try:
+        command.upgrade(options, "head")
+    except util.CommandError as error:  # such as a schema newer than the code
+        stop(f"The migrations: {error}")
 
 
 async def create_first_superuser() -> None:
@@ -590,8 +598,12 @@ async def create_first_superuser() -> None:
     if email is None or password is None:
         return
     async with AsyncSession(autocommit) as session:
-        if (await session.exec(select(User.id).where(User.email == email))).first():
-            return
+        query = select(User.is_superuser).where(User.email == email)
+        is_superuser = (await session.exec(query)).first()
+    if is_superuser is False:
+        log.warning("FIRST_SUPERUSER_EMAIL is a user's who is no superuser")
+    if is_superuser is not None:
+        return
     hashed = await hash_password(password)
     with suppress(IntegrityError):  # another worker was faster
         async with AsyncSession(engine) as session:
@@ -603,27 +615,29 @@ async def create_first_superuser() -> None:
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Wait for the database, bring its schema up to date, make the first superuser."""
     give_up = time.monotonic() + settings.database_startup_timeout
-    while True:
-        try:
-            if settings.migrate_on_startup and not await schema_is_current():
-                async with migration_connection() as connection:
-                    await connection.run_sync(upgrade)
-            await create_first_superuser()
-            break
-        except (DBAPIError, OSError, ValueError) as error:
-            cause = getattr(error, "driver_exception", None) or error
-            # A URL's error may show its password; a certificate's is an OSError, too.
-            if isinstance(cause, ValueError) and not isinstance(cause, OSError):
-                stop("DATABASE_URL is not valid. Is the password percent-encoded?")
-            reason = str(cause) or type(cause).__name__
-            if not is_outage(error) or time.monotonic() > give_up:
-                stop(f"The database, see DATABASE_URL: {reason}")
-            log.warning("Trying again: the database, see DATABASE_URL: %s", reason)
-        await anyio.sleep(1)
-    yield
-    with anyio.move_on_after(2):  # seconds: a frozen database would not say goodbye
-        await engine.dispose()
-        await autocommit.dispose()
+    try:
+        while True:
+            try:
+                if settings.migrate_on_startup and not await schema_is_current():
+                    async with migration_connection() as connection:
+                        await connection.run_sync(upgrade)
+                await create_first_superuser()
+                break
+            except (DBAPIError, OSError, ValueError) as error:
+                cause = getattr(error, "driver_exception", None) or error
+                # A URL's may show its password; a certificate's is an OSError, too.
+                if isinstance(cause, ValueError) and not isinstance(cause, OSError):
+                    stop("DATABASE_URL is not valid. Is the password percent-encoded?")
+                reason = " ".join(str(cause).split()) or type(cause).__name__
+                if not is_outage(error) or time.monotonic() > give_up:
+                    stop(f"The database, see DATABASE_URL: {reason}")
+                log.warning("Trying again: the database, see DATABASE_URL: %s", reason)
+            await anyio.sleep(1)
+        yield
+    finally:
+        with anyio.move_on_after(2):  # seconds: a frozen database says no goodbye
+            await engine.dispose()
+            await autocommit.dispose()
 
 
 app = FastAPI(
@@ -710,7 +724,7 @@ async def clash(request: Request, error: IntegrityError | StaleDataError) -> Res
         return await refused(request, HTTPException(404, "Not found"))
     if "foreign key" in str(error.orig).lower():  # the caller was
         return await refused(request, unauthorized())
-    taken = "email" in str(error.orig)
+    taken = re.search("users[._]email", str(error.orig))  # the constraint or column
     detail = "Email already registered" if taken else "It conflicts with what is stored"
     return await refused(request, HTTPException(400, detail))
 
@@ -723,7 +737,8 @@ async def failed(request: Request, error: Exception) -> Response:
         busy = OAuth2Error("temporarily_unavailable", 503, reason, wait)
         return await refused(request, busy)
     log.exception("Unforeseen error at %s %s", request.method, request.url.path)
-    return await refused(request, HTTPException(500, "Internal server error"))
+    mistake = OAuth2Error("server_error", 500, "Internal server error")
+    return await refused(request, mistake)
 
 
 # FastAPI's own handler of Exception raises it again, and the server then closes the
@@ -741,12 +756,12 @@ app.add_middleware(
 
 # --- Routes: auth
 
-OAUTH2_PROBLEMS = problems(400, 429, 503, model=OAuth2Problem)
+OAUTH2_PROBLEMS = problems(400, 503, model=OAuth2Problem)
 auth = APIRouter(prefix="/auth", tags=["auth"], responses=OAUTH2_PROBLEMS)
 api.include_router(auth)
 
 
-@auth.post("/token")
+@auth.post("/token", responses=problems(429, model=OAuth2Problem))
 async def create_token(
     grant: Annotated[PasswordGrant | RefreshGrant, Form(discriminator="grant_type")],
     session: SessionDep,
@@ -767,22 +782,22 @@ async def create_token(
 
 async def log_in(session: AsyncSession, grant: PasswordGrant, client: str) -> Token:
     """Return the tokens of a new login, or raise `invalid_grant`."""
-    refused = OAuth2Error("invalid_grant", 400, "Wrong email or password")
+    wrong = OAuth2Error("invalid_grant", 400, "Wrong email or password")
     email = grant.username  # if it is none, nobody's, and answered in the same time
     with suppress(ValidationError):
         email = EMAIL.validate_python(email)
     user = (await session.exec(select(User).where(User.email == email))).first()
-    await session.commit()
+    await session.commit()  # no transaction while a password is hashed
     known = user.hashed_password if user else None
-    pair = digest(f"{email} {client}")
+    pair = digest(f"login {email} {client}")
     right = await check_password(session, pair, grant.password, known)
     if not (user and right):
-        raise refused
+        raise wrong
     # Locked until the login is stored: a password change meanwhile would miss it.
     unchanged = select(User).where(User.id == user.id, User.hashed_password == known)
     locked = unchanged.where(col(User.is_active)).with_for_update(read=True)
     if not (await session.exec(locked)).first():
-        raise refused
+        raise wrong
     family, secret = token_urlsafe(16), token_urlsafe(32)
     login = Login(
         user_id=user.id,
@@ -797,14 +812,14 @@ async def log_in(session: AsyncSession, grant: PasswordGrant, client: str) -> To
 
 async def renew(session: AsyncSession, refresh_token: str) -> Token:
     """Return new tokens for a login, or raise `invalid_grant`, having ended it."""
-    family, _, spent = refresh_token.partition(".")
+    family, _, shown = refresh_token.partition(".")
     secret, now = token_urlsafe(32), utc_now()
     # One statement decides: of several uses at once, one finds the secret unspent.
     rotated = await session.exec(
         update(Login)
         .where(
             col(Login.family_hash) == digest(family),
-            col(Login.secret_hash) == digest(spent),
+            col(Login.secret_hash) == digest(shown),
             col(Login.expires_at) > now,
             col(Login.user_id).in_(select(User.id).where(User.is_active)),
         )
@@ -888,9 +903,9 @@ async def update_user(
     old = await fetch_one(READ_USER, token, id=id_)
     if own and {"is_active", "is_superuser"} & sent.keys():
         raise HTTPException(403, "You cannot change your own is_active or is_superuser")
-    proven = own and (password or sent.get("email", old.email) != old.email)
+    needs_proof = own and (password or sent.get("email", old.email) != old.email)
     wrong = HTTPException(403, "current_password is missing or wrong")
-    if proven:
+    if needs_proof:
         pair, known = digest(f"password of {id_}"), old.hashed_password
         if not guess or not await check_password(session, pair, guess, known):
             raise wrong
@@ -900,7 +915,7 @@ async def update_user(
     # Only now the transaction: none is open while a password is hashed. That took its
     # time, so that who is calling, and what they may, is asked again.
     user = await lock_user(session, token, id_)
-    if proven and user.hashed_password != old.hashed_password:
+    if needs_proof and user.hashed_password != old.hashed_password:
         raise wrong
     user.sqlmodel_update(sent)
     await session.flush()
@@ -917,6 +932,7 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     Superusers cannot delete themselves.
     """
     id_ = token.sub if user_id == "me" else user_id
+    await fetch_one(READ_USER, token, id=id_)  # before a lock that others wait for
     user = await lock_user(session, token, id_)
     if user.id == token.sub and user.is_superuser:
         raise HTTPException(403, "A superuser cannot delete themself")
@@ -924,9 +940,9 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
 
 
 async def lock_user(session: AsyncSession, token: AccessToken, id_: int) -> User:
-    """Return a user to change, locked with the caller: no two end each other."""
-    users = select(User.id).where(col(User.id).in_((token.sub, id_)))
-    await session.exec(users.order_by(col(User.id)).with_for_update(key_share=True))
+    """Return a user to change, locked with the caller: no two demote each other."""
+    both = select(User.id).where(col(User.id).in_((token.sub, id_)))
+    await session.exec(both.order_by(col(User.id)).with_for_update(key_share=True))
     return await load(session, READ_USER, token, id=id_)
 
 
@@ -979,7 +995,9 @@ async def update_item(
 async def delete_item(item_id: Id, token: TokenDep, session: SessionDep) -> None:
     """Delete an item of one's own; any for a superuser."""
     item = await load(session, READ_ITEM, token, id=item_id)
-    await session.delete(item)
+    deleted = await session.exec(delete(Item).where(col(Item.id) == item.id))
+    if not deleted.rowcount:  # another request was faster
+        raise HTTPException(404, "Not found")
 
 
 # --- Routes: health, at the root and without a login

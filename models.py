@@ -1,6 +1,6 @@
 """The data of the service: what is stored, what comes in and what goes out.
 
-Users and items have a family of names each: `ThingBase` (what all of them share),
+Users and items have a family of names each: `ThingBase` (what they share),
 `Thing` (the table), `ThingCreate` and `ThingUpdate` (request bodies) and `ThingPublic`
 (answers). A table is never a request body: SQLModel does not validate tables, and a
 client could choose its own id.
@@ -55,14 +55,16 @@ class Timestamps(SQLModel):
 def normal_email(text: str) -> str:
     """Return an address as it is stored, so that two spellings are one user.
 
-    Not for long texts: to normalize one takes long.
+    Of at most 254 characters, which `Email` checks first: to normalize takes long.
     """
     email = ""
     with suppress(EmailNotValidError):  # whose message may repeat what was sent
         checked = validate_email(
-            text.lower(), check_deliverability=False, test_environment=True
+            text.lower(),
+            check_deliverability=False,
+            test_environment=True,  # .test, for trying things out
         )
-        email = checked.normalized.lower()
+        email = checked.normalized.lower()  # it may bring capitals back
     if not 0 < len(email) <= 254:
         message = "Enter an email address, as name@example.com"
         raise PydanticCustomError("email", message)
@@ -77,9 +79,10 @@ def hashable(password: str) -> str:
     return password
 
 
-# PostgreSQL stores no NUL. A lone surrogate (JSON's "\ud800") is no UTF-8, which the
-# check of a pattern or a length needs.
-STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")  # the last, for SQLModel
+# PostgreSQL stores no NUL, and a lone surrogate (JSON's "\ud800") cannot be encoded:
+# pydantic refuses it where it has a pattern or a length to check. A pattern stands
+# behind the lengths, or SQLModel would not see them.
+STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")
 Text = Annotated[str, STORABLE]
 Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
 Email = Annotated[
@@ -119,6 +122,7 @@ class Answer(SQLModel):
 
 
 class UserBase(SQLModel):
+    # Checked where it comes in, as Email, not again when it goes out.
     email: str = Field(max_length=254, unique=True)
     full_name: FullName = None
 
@@ -275,7 +279,7 @@ class Page(SQLModel):
 
     skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
     limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
-    after: int = Field(default=0, ge=0, le=MAX_ID, description="Id to start behind")
+    after: int = Field(default=0, ge=0, le=MAX_ID, description="Greater ids only")
 
 
 class Problem(SQLModel):
