@@ -331,16 +331,19 @@ def digest(text: str) -> str:
 
 
 async def count_attempt(session: AsyncSession, pair: str) -> None:
-    """Store an attempt; raise 429 if too many of the pair have failed of late."""
+    """Store an attempt; raise 429 if too many of the pair have failed of late.
+
+    And delete some of what is too old to count: nothing piles up.
+    """
     now, made, expires = utc_now(), col(LoginAttempt.created_at), col(Login.expires_at)
     since = now - ATTEMPT_WINDOW
-    # What no longer counts goes, a little at each login, never waiting for a lock.
+    # A little at each login, never waiting for a lock.
     for model, past in ((LoginAttempt, made < since), (Login, expires < now)):
         old = select(model.id).where(past).limit(100).with_for_update(skip_locked=True)
         await session.exec(delete(model).where(col(model.id).in_(old)))
     if settings.max_failed_logins == 0:
         return
-    await take_turns(await session.connection(), int(pair[:15], 16))
+    await take_turns(await session.connection(), int(pair[:15], 16))  # 60 bits
     attempts = select(made).where(LoginAttempt.pair_hash == pair, made > since)
     newest = attempts.order_by(made.desc()).limit(settings.max_failed_logins)
     failed = (await session.exec(newest)).all()
@@ -476,7 +479,10 @@ async def fetch_one(statement: sa.Executable, token: AccessToken, **values: Any)
 async def load[T](
     session: AsyncSession, query: SelectOfScalar[T], token: AccessToken, **values: Any
 ) -> T:
-    """Return what such a statement finds as an object for the session to change."""
+    """Return what a query by `row_by_id` finds, as an object for the session to change.
+
+    It raises 401 and 404 as `fetch_one` does.
+    """
     params = {"sid": token.sid, "sub": token.sub, **values}
     found = (await session.exec(query, params=params)).all()
     if not found:
@@ -502,7 +508,7 @@ def row_by_id[T](model: type[T], owner: str) -> SelectOfScalar[T]:
 def page_of(model: Any, *conditions: Any) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement for a page of the rows that meet some conditions.
 
-    They are asked inside: what the caller may not see is not even looked at. One row
+    They stand inside, so that rows which the caller may not see are never read. One row
     more than the page holds tells whether there is a next page.
     """
     skip, limit = (bindparam(name, type_=sa.BigInteger) for name in ("skip", "limit"))
@@ -522,9 +528,9 @@ IS_SUPERUSER = RIGHT.scalar_subquery()
 # An index on (owner_id, id) serves the owner's page, the primary key that of all.
 OWNED_ITEMS = page_of(Item, Item.owner_id == OWNER, (OWNER == CALLER) | IS_SUPERUSER)
 ALL_ITEMS, ALL_USERS = page_of(Item, IS_SUPERUSER), page_of(User, IS_SUPERUSER)
-FIELDS = ["title", "description", "owner_id"]
-VALUES: Any = sa.select(bindparam("title"), bindparam("description"), col(User.id))
-CREATE_ITEM = insert(Item).from_select(FIELDS, by_login(VALUES)).returning(Item)
+ITEM_FIELDS = ["title", "description", "owner_id"]
+NEW_ITEM: Any = sa.select(bindparam("title"), bindparam("description"), col(User.id))
+CREATE_ITEM = insert(Item).from_select(ITEM_FIELDS, by_login(NEW_ITEM)).returning(Item)
 
 
 PageDep = Annotated[Page, Query()]
@@ -544,7 +550,7 @@ def one_page(rows: Rows, page: Page, request: Request, response: Response) -> Ro
 
 # --- The application: what happens at start-up, around every request and on errors
 
-MIGRATIONS = 7_265_617  # the lock's key; any number that nothing else uses
+MIGRATIONS = 7_265_617  # their lock's key: any number that nothing else uses
 
 
 @asynccontextmanager
@@ -682,7 +688,7 @@ def is_oauth2(request: Request) -> bool:
 
 @app.exception_handler(StarletteHTTPException)
 async def refused(request: Request, error: StarletteHTTPException) -> Response:
-    """Answer what a route has raised, or FastAPI where there is none."""
+    """Answer an HTTPException, of a route or of FastAPI itself, such as 404 and 405."""
     content, headers = {"detail": error.detail}, dict(error.headers or {})
     if error.status_code == 405:  # each route knows its own methods only (RFC 9110)
         routes = iter_route_contexts(app.routes)
