@@ -710,7 +710,7 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
         unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
         code = "unsupported_grant_type" if unknown else "invalid_request"
         name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
-        detail = f"{name} is missing or not valid"
+        detail = f"{name} is {'not known' if unknown else 'missing or not valid'}"
         return await refused(request, OAuth2Error(code, 400, detail))
     errors: list[dict[str, Any]] = []
     for e in error.errors():
