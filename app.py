@@ -124,11 +124,11 @@ try:
 except ValidationError as error:
     wrong = [[*(str(p).upper() for p in e["loc"]), e["msg"]] for e in error.errors()]
     stop("; ".join(": ".join(parts) for parts in wrong))
-SECRET_KEY = settings.secret_key.get_secret_value()
+SECRET_KEY = os.fsencode(settings.secret_key.get_secret_value())
 DATABASE_URL = settings.database_url.get_secret_value()
 IS_SQLITE = DATABASE_URL.startswith("sqlite")
 ORIGINS = [origin.strip() for origin in settings.cors_origins.split(",")]
-if len(SECRET_KEY.encode()) < 32:
+if len(SECRET_KEY) < 32:
     make = "python -c 'import secrets; print(secrets.token_hex(32))'"
     stop(f"SECRET_KEY must have at least 32 bytes. Make one with: {make}")
 if not re.match(r"sqlite(\+\w+)?://(/|$)|postgres(ql)?(\+\w+)?://", DATABASE_URL):
