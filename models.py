@@ -244,7 +244,7 @@ class PasswordGrant(SQLModel):
     """The form that logs in (RFC 6749, section 4.3.2)."""
 
     grant_type: Literal["password"]
-    username: Filled = pydantic.Field(examples=["ada@example.com"])
+    username: Filled = pydantic.Field(examples=["user@example.com"])
     password: Filled = pydantic.Field(examples=["correct horse"])
 
 
