@@ -8,13 +8,19 @@ client could choose its own id.
 
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from hashlib import sha256
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from zlib import crc32
 
 import pydantic
+import sqlalchemy as sa
 from email_validator import EmailNotValidError, validate_email
-from pydantic import MISSING
+from pydantic import MISSING, StrictBool
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
+from sqlalchemy.orm import Mapper
 from sqlmodel import Field, SQLModel
 
 # --- Columns
@@ -28,11 +34,9 @@ SQLModel.metadata.naming_convention = {
     "pk": "pk_%(table_name)s",
 }
 
-# 64 bits. SQLite numbers rows by itself only where the type is spelled INTEGER, and
-# gives a deleted row's id to the next one unless asked not to (AUTOINCREMENT).
+# 64 bits. SQLite numbers rows by itself only where the type is spelled INTEGER.
 BigInt = BigInteger().with_variant(Integer, "sqlite")
 MAX_ID = 2**63 - 1
-KEEP_IDS = {"sqlite_autoincrement": True}
 
 
 def utc_now() -> datetime:
@@ -47,6 +51,77 @@ class Timestamps(SQLModel):
     updated_at: datetime = Field(
         default_factory=utc_now, sa_column_kwargs={"onupdate": utc_now}
     )
+
+
+class Record(Timestamps):
+    """What a table begins with: its key, and the timestamps."""
+
+    id: int = Field(default=None, primary_key=True, sa_type=BigInt)
+
+
+def reference(column: str, *, index: bool = True, primary_key: bool = False) -> Any:
+    """Return a field that refers to another table's row, and is deleted with it.
+
+    `column`: as "users.id". Without an index, a deletion there reads this whole table.
+    """
+    return Field(
+        foreign_key=column,
+        ondelete="CASCADE",
+        index=index,
+        primary_key=primary_key,
+        sa_type=BigInt,
+    )
+
+
+LIMITS = {
+    "min_length": ">=",
+    "max_length": "<=",
+    "ge": ">=",
+    "le": "<=",
+    "gt": ">",
+    "lt": "<",
+}
+
+
+def rules(field: FieldInfo | None) -> list[Any]:
+    """Return what a field must fulfil: `Text`, `Text | None` and so on."""
+    if field is None:
+        return []
+    found = list(field.metadata)
+    if get_origin(field.annotation) in (Union, UnionType):
+        for part in get_args(field.annotation):
+            found += FieldInfo.from_annotation(part).metadata
+    return found
+
+
+@sa.event.listens_for(Mapper, "after_mapper_constructed")
+def complete_table(mapper: Mapper[Any], model: type[SQLModel]) -> None:
+    """Give each table, as it is defined, what nobody should have to remember.
+
+    A CHECK for each limit of a field: SQLite ignores the length of a VARCHAR. The limit
+    is part of its name, since Alembic compares names: so it sees a limit that changed.
+    Enums are stored as text: a type of their own would not change with the column.
+    """
+    table: Any = mapper.local_table
+    # SQLite gives a deleted row's id to the next row, unless told not to.
+    if table.primary_key.columns.keys() == ["id"]:
+        table.dialect_options["sqlite"]["autoincrement"] = True
+    for column in table.columns:
+        checks: dict[str, Any] = {}
+        if isinstance(column.type, sa.Enum):
+            column.type.native_enum = False
+            choices = crc32(repr(column.type.enums).encode())
+            checks[f"{column.name}_in_{choices:08x}"] = column.in_(column.type.enums)
+        for rule in rules(model.model_fields.get(column.name)):
+            for limit, operator in LIMITS.items():
+                value: Any = getattr(rule, limit, None)
+                is_length = "length" in limit
+                if value is None or (is_length and not hasattr(column.type, "length")):
+                    continue  # the length of a list in JSON, for one
+                measured = sa.func.length(column) if is_length else column
+                checks[f"{column.name}_{limit}_{value}"] = measured.op(operator)(value)
+        for name, check in checks.items():
+            table.append_constraint(CheckConstraint(check, name))
 
 
 # --- Types of what comes in: each ends a class of bad input, for every field
@@ -85,9 +160,13 @@ def hashable(password: str) -> str:
 STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")
 Text = Annotated[str, STORABLE]
 Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
+# Longer than anybody's, and short enough for many logins at once to fit into memory.
+Credential = Annotated[str, pydantic.Field(min_length=1, max_length=1000), STORABLE]
 Email = Annotated[
     str,
-    pydantic.Field(max_length=254, json_schema_extra={"format": "email"}),
+    # Phones' keyboards leave a space behind an address.
+    pydantic.StringConstraints(strip_whitespace=True, max_length=254),
+    pydantic.Field(json_schema_extra={"format": "email"}),
     pydantic.AfterValidator(normal_email),
 ]
 Password = Annotated[
@@ -107,9 +186,9 @@ Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 
 
 class Body(SQLModel):
-    """A JSON request body: refuses fields and types that it does not name."""
+    """A JSON request body: refuses fields that it does not name."""
 
-    model_config = {"extra": "forbid", "strict": True}
+    model_config = {"extra": "forbid"}
 
 
 class Answer(SQLModel):
@@ -127,43 +206,45 @@ class UserBase(SQLModel):
     full_name: FullName = None
 
 
-class User(Timestamps, UserBase, table=True):
-    __tablename__ = "users"
-    __table_args__ = (
-        CheckConstraint("email = lower(email)", "email_lower"),
-        CheckConstraint("length(email) <= 254", "email_length"),
-        CheckConstraint("length(full_name) <= 255", "full_name_length"),
-        KEEP_IDS,
-    )
+class UserRights(SQLModel):
+    """What a user may do: a superuser's to change, and never one's own."""
 
-    id: int = Field(default=None, primary_key=True, sa_type=BigInt)
     is_active: bool = True
     is_superuser: bool = False
+
+
+class User(Record, UserRights, UserBase, table=True):
+    __tablename__ = "users"
+    __table_args__ = (CheckConstraint("email = lower(email)", "email_lower"),)
+
     hashed_password: str = Field(max_length=60, exclude=True, repr=False)  # never shown
 
 
 class UserCreate(Body, UserBase):
+    """What anybody may choose for themself: when they register, and later."""
+
     email: Email
     password: Password
 
 
 class UserUpdate(Body):
-    """Only what is sent changes; `full_name` alone may be null, which clears it."""
+    """Only what is sent changes; `full_name` alone may be null, which clears it.
+
+    What is here and not in `UserCreate` takes a superuser: see `update_user`.
+    """
 
     email: Email | MISSING = MISSING
     full_name: FullName | MISSING = MISSING
     password: Password | MISSING = MISSING
     current_password: Text | MISSING = MISSING
-    is_active: bool | MISSING = MISSING
-    is_superuser: bool | MISSING = MISSING
+    is_active: StrictBool | MISSING = MISSING
+    is_superuser: StrictBool | MISSING = MISSING
 
     model_config = {"json_schema_extra": {"example": {"full_name": "Ada King"}}}
 
 
-class UserPublic(Answer, Timestamps, UserBase):
+class UserPublic(Answer, Timestamps, UserRights, UserBase):
     id: int
-    is_active: bool
-    is_superuser: bool
 
 
 # --- Items
@@ -174,17 +255,13 @@ class ItemBase(SQLModel):
     description: Description = None
 
 
-class Item(Timestamps, ItemBase, table=True):
+class Item(Record, ItemBase, table=True):
     __tablename__ = "items"
     __table_args__ = (
-        CheckConstraint("length(title) BETWEEN 1 AND 255", "title_length"),
-        CheckConstraint("length(description) <= 10000", "description_length"),
         Index(None, "owner_id", "id"),  # an owner's page, in order, at any depth
-        KEEP_IDS,
     )
 
-    id: int = Field(default=None, primary_key=True, sa_type=BigInt)
-    owner_id: int = Field(foreign_key="users.id", ondelete="CASCADE", sa_type=BigInt)
+    owner_id: int = reference("users.id", index=False)
 
 
 class ItemCreate(Body, ItemBase):
@@ -206,46 +283,43 @@ class ItemPublic(Answer, Timestamps, ItemBase):
 # --- Logins
 
 
-class Login(Timestamps, table=True):
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return sha256(text.encode()).hexdigest()
+
+
+class Login(Record, table=True):
     """One login, from password to logout; deleted when it ends, its tokens with it.
 
     A refresh token is `family.secret`: the family stays for the login's life, the
     secret is new at each use (RFC 9700). A known family with another secret is thus
-    a token that was spent before: a thief's or a victim's.
+    a token that was spent before: a thief's or a victim's. Access tokens name the login
+    by its family (`sid`), which is random: it means nothing to another database.
     """
 
     __tablename__ = "logins"
-    __table_args__ = (KEEP_IDS,)  # an old token must never name a new login
 
-    id: int = Field(default=None, primary_key=True, sa_type=BigInt)
-    user_id: int = Field(
-        foreign_key="users.id", ondelete="CASCADE", index=True, sa_type=BigInt
-    )
+    user_id: int = reference("users.id")
     family_hash: str = Field(max_length=64, unique=True, repr=False)  # SHA-256, hex
     secret_hash: str = Field(max_length=64, repr=False)
     expires_at: datetime = Field(index=True)
 
 
-class LoginAttempt(Timestamps, table=True):
-    """A guess at a password that has not proved right, kept while it counts."""
+class LoginAttempt(Record, table=True):
+    """A wrong guess at a password, kept while it counts."""
 
     __tablename__ = "login_attempts"
-    __table_args__ = (
-        Index(None, "pair_hash", "created_at"),
-        Index(None, "created_at"),
-        KEEP_IDS,
-    )
+    __table_args__ = (Index(None, "pair_hash", "created_at"), Index(None, "created_at"))
 
-    id: int = Field(default=None, primary_key=True, sa_type=BigInt)
-    pair_hash: str = Field(max_length=64)  # see `check_password`
+    pair_hash: str = Field(max_length=64)  # of what guesses are counted by
 
 
 class PasswordGrant(SQLModel):
     """The form that logs in (RFC 6749, section 4.3.2)."""
 
     grant_type: Literal["password"]
-    username: Filled = pydantic.Field(examples=["user@example.com"])
-    password: Filled = pydantic.Field(examples=["correct horse"])
+    username: Credential = pydantic.Field(examples=["user@example.com"])
+    password: Credential = pydantic.Field(examples=["correct horse"])
 
 
 class RefreshGrant(SQLModel):
@@ -268,18 +342,23 @@ class AccessToken(SQLModel):
     """What a verified access token says: which user, by which login."""
 
     sub: Id
-    sid: Id
+    sid: Annotated[str, pydantic.AfterValidator(digest)]  # as `family_hash` stores it
 
 
 # --- What all routes share
 
 
 class Page(SQLModel):
-    """Which rows of a list to return, ascending by id."""
+    """Which rows of a list to return, and in which order."""
 
     skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
     limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
-    after: int = Field(default=0, ge=0, le=MAX_ID, description="Greater ids only")
+    after: int | None = Field(
+        default=None, ge=0, le=MAX_ID, description="Start behind the row with this id"
+    )
+    sort: Annotated[str, pydantic.Field(pattern="^-?id$")] = Field(
+        default="id", description="-id: newest first"
+    )
 
 
 class Problem(SQLModel):

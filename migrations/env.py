@@ -1,46 +1,76 @@
-"""How Alembic reaches the database: by the app's own connection and models.
+"""How Alembic reaches the database: in one transaction, one process at a time.
 
-At the app's start it runs inside the app, on the connection that it is handed; by
-`uv run alembic …` it opens one itself.
+The app's start hands its connection over; `uv run alembic …` opens one of its own.
 """
 
 import asyncio
+import logging
 import os
-from logging.config import fileConfig
+import traceback
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
-from models import User
+from migrations.portable import OPTIONS, locked
 
 config = context.config
 
 
 def migrate(connection: Connection) -> None:
-    """Run the command's migrations on a connection that is in a transaction."""
-    context.configure(
-        connection=connection,
-        target_metadata=User.metadata,  # of all tables
-        # SQLite can alter little: Alembic then copies the table (batch mode).
-        render_as_batch=connection.dialect.name == "sqlite",
-    )
-    with context.begin_transaction():
-        context.run_migrations()
+    """Do all that the command asks for or, after an error, nothing."""
+    with locked(connection):
+        context.configure(connection, **OPTIONS)
+        if config.attributes.get("only_if_empty") and is_behind():
+            return
+        try:
+            context.run_migrations()
+        except Exception as error:
+            for frame in traceback.extract_tb(error.__traceback__):
+                file = Path(frame.filename)
+                if file.parent.name == "versions":  # a migration has failed
+                    cause = getattr(error, "driver_exception", None) or error
+                    reason = str(cause).partition("\n")[0]  # a DETAIL would show a row
+                    place = f"migrations/versions/{file.name}:{frame.lineno}"
+                    raise CommandError(f"{place}: {reason}") from error
+            raise
 
 
-async def migrate_alone() -> None:
-    """Run the command's migrations from the command line."""
-    # No token is signed here, so that the development key will do.
-    os.environ.setdefault("FASTAPI_ENV", "development")
-    from app import migration_connection
+def is_behind() -> bool:
+    """Tell whether a database that is not empty lacks migrations, and log which."""
+    state: Any = context.get_context()
+    current = state.get_current_heads()
+    state.script.get_revisions(current)  # an error if the database is newer than we are
+    pending = [*state.script.iterate_revisions("heads", current)] if current else []
+    if pending:
+        names = ", ".join(f"{script.revision} ({script.doc})" for script in pending)
+        log = logging.getLogger("uvicorn.error")  # the server's own
+        log.warning("Not migrated yet: %s. Run: uv run alembic upgrade head", names)
+    return bool(pending)
 
-    async with migration_connection() as connection:
-        await connection.run_sync(migrate)
+
+async def connect_and_migrate() -> None:
+    os.environ["SECRET_KEY"] = token_hex(32)  # the app asks for one; it signs nothing
+    from app import migration_engine, reason
+
+    engine = migration_engine()
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(migrate)
+    except (DBAPIError, OSError) as error:  # one line instead of a page of traceback
+        raise CommandError(f"The database: {reason(error)}") from None
+    finally:
+        await engine.dispose()
 
 
 if connection := config.attributes.get("connection"):
     migrate(connection)
 else:
-    if config.config_file_name:
-        fileConfig(config.config_file_name, disable_existing_loggers=False)
-    asyncio.run(migrate_alone())
+    for name in ("alembic.runtime.migration", "alembic.autogenerate", "alembic.ext"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(logging.StreamHandler())
+    asyncio.run(connect_and_migrate())
