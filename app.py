@@ -389,13 +389,10 @@ ReaderDep = Annotated[AsyncSession, Depends(get_reader, scope="function")]
 
 
 # What databases call an error: SQLSTATEs of PostgreSQL, or the beginnings of them, and
-# SQLite's names. Outages pass: no connection, no room, a lock, a conflict of
+# SQLite's names. An outage passes: no connection, no room, a lock, a conflict of
 # transactions, a shutdown, a standby or a file that can only be read, a failing disk.
-OUTAGES = (
-    *("08", "25006", "40", "53", "55P03", "57", "58"),
-    *("SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR"),
-    *("SQLITE_READONLY", "SQLITE_LOCKED"),
-)
+OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "58")
+SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
 HOPELESS = ("SQLITE_CANTOPEN", "SQLITE_READONLY")  # at the start: no folder, no right
 TAKEN = ("23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY")
 DANGLING = ("23503", "23001", "SQLITE_CONSTRAINT_FOREIGNKEY")
@@ -412,19 +409,19 @@ def is_outage(error: Exception) -> bool:
     """Tell a database that cannot serve just now from a mistake of ours."""
     if not isinstance(error, sa.exc.DBAPIError):
         return isinstance(error, OSError | sa.exc.TimeoutError)  # Python's is OSError
-    refused = isinstance(error, sa.exc.IntegrityError)  # at COMMIT
-    connecting = error.statement is None and not refused
+    if isinstance(error, sa.exc.IntegrityError):
+        return False
+    lost = error.statement is None or error.connection_invalidated  # or never had
     # A migration changed a table meanwhile: the next time, the statement is read anew.
     stale = type(error.orig).__name__ == "InvalidCachedStatementError"
-    lost = connecting or stale or error.connection_invalidated
-    return lost or error_code(error).startswith(OUTAGES)
+    codes = OUTAGES + SQLITE_OUTAGES + HOPELESS
+    return lost or stale or error_code(error).startswith(codes)
 
 
 def reason(error: Exception) -> str:
     """Return the first line of what an error says: PostgreSQL's next may show a row."""
-    cause = error
-    with suppress(ValueError, AttributeError):  # it may have none
-        cause = error.driver_exception or error  # type: ignore[attr-defined]
+    wrapped = getattr(error, "orig", None)
+    cause = (wrapped and wrapped.__cause__) or wrapped or error  # the driver's own
     return str(cause).partition("\n")[0] or type(cause).__name__
 
 
