@@ -59,14 +59,22 @@ class Record(Timestamps):
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
-def reference(column: str, *, index: bool = True, primary_key: bool = False) -> Any:
-    """Return a field that refers to another table's row, and is deleted with it.
+def reference(
+    column: str,
+    *,
+    ondelete: Literal["CASCADE", "SET NULL", "RESTRICT"] = "CASCADE",
+    index: bool = True,
+    primary_key: bool = False,
+) -> Any:
+    """Return a field that refers to another table's row, whoever owns that.
 
-    `column`: as "users.id". Without an index, a deletion there reads this whole table.
+    `column`: as "users.id". `ondelete`: what becomes of this row when that one is
+    deleted; by default it is deleted, too. `index`: without one, a deletion there reads
+    this whole table.
     """
     return Field(
         foreign_key=column,
-        ondelete="CASCADE",
+        ondelete=ondelete,
         index=index,
         primary_key=primary_key,
         sa_type=BigInt,
@@ -154,6 +162,23 @@ def hashable(password: str) -> str:
     return password
 
 
+def not_a_number(value: object) -> object:
+    """Refuse a number where JSON has a text, such as a time."""
+    if isinstance(value, int | float):
+        raise PydanticCustomError("text", "Enter a text")
+    return value
+
+
+def in_utc(moment: datetime) -> datetime:
+    """Return a time as the database gives it back."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise PydanticCustomError(
+            "moment", "Enter a time until the year 9999"
+        ) from None
+
+
 # PostgreSQL stores no NUL, and a lone surrogate (JSON's "\ud800") cannot be encoded:
 # pydantic refuses it where it has a pattern or a length to check. A pattern stands
 # behind the lengths, or SQLModel would not see them.
@@ -183,6 +208,12 @@ Description = Annotated[
     Text | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
 ]
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
+# With its offset, and a text: pydantic would also take a number of seconds.
+Moment = Annotated[
+    pydantic.AwareDatetime,
+    pydantic.BeforeValidator(not_a_number),
+    pydantic.AfterValidator(in_utc),
+]
 
 
 class Body(SQLModel):

@@ -10,7 +10,7 @@ from alembic import context
 from alembic.autogenerate.rewriter import Rewriter
 from alembic.ddl.sqlite import SQLiteImpl
 from alembic.operations.batch import ApplyBatchImpl
-from alembic.operations.ops import AddColumnOp
+from alembic.operations.ops import AddColumnOp, DropColumnOp
 from alembic.util import CommandError
 from sqlalchemy.dialects import sqlite
 from sqlmodel import SQLModel
@@ -113,6 +113,20 @@ def fill_rows(_context: object, _revision: object, op: AddColumnOp) -> AddColumn
         options: Any = {"server_default": default, "comment": column.comment}
         # Another column: the model's stays as it is.
         op.column = sa.Column(column.name, column.type, nullable=False, **options)
+    return op
+
+
+@rewriter.rewrites(DropColumnOp)
+def keep_values(_context: object, _revision: object, op: DropColumnOp) -> DropColumnOp:
+    """Drop no column with its values unless asked to: it may have been renamed."""
+    of_downgrade = op.to_column().table.metadata is SQLModel.metadata
+    if not (of_downgrade or "drop" in context.get_x_argument(as_dictionary=True)):
+        name = f"{op.table_name}.{op.column_name}"
+        raise CommandError(
+            f"{name} would be dropped with its values. Was it renamed? Then generate "
+            "without --autogenerate, and write batch_op.alter_column(old, "
+            "new_column_name=new). Is it to go? Then: alembic -x drop revision …"
+        )
     return op
 
 
