@@ -750,9 +750,9 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
     )
     unfit = "It has a text or a number that cannot be stored"
     for client, value, detail in (
-        (alice, {"title": "t", "id": 5}, None),
+        (alice, {"title": "t", "id": 5_000_000}, None),
         (alice, {"title": "t"}, "Title and owner id already registered"),
-        (alice, {"title": "u", "id": 5}, "Id already registered"),
+        (alice, {"title": "u", "id": 5_000_000}, "Id already registered"),
         (
             alice,
             {"title": "u", "owner_id": 9_999_999},
@@ -777,7 +777,7 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
     table.indexes.discard(index)
 
     async def change_what_is_gone(session: Any, token: Any) -> None:
-        item = await alice.app.load(session, alice.app.ITEM, token, id=5)
+        item = await alice.app.load(session, alice.app.ITEM, token, id=5_000_000)
         await session.exec(text("DELETE FROM items"))
         item.title = "x"
 
