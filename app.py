@@ -116,7 +116,10 @@ IS_DEVELOPMENT = os.environ.get("FASTAPI_ENV") == "development" and sys.argv[1:2
     "dev"
 ]
 # As browsers send them: lower case, no path, no port that is the scheme's default
-ORIGIN = r"\*|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+"
+HOST = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
+ORIGIN = (
+    rf"\*|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://({HOST})(:[1-9]\d{{0,4}})?"
+)
 
 
 def read_origins(text: str | list[str]) -> list[str]:
@@ -373,8 +376,6 @@ else:
         if isinstance(context.original_exception, TimeoutError):
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-            # at once: to close it in order would be to wait for an answer again
-            context.connection.connection.driver_connection.terminate()
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -534,6 +535,7 @@ async def check_password(
     """
     guess, known = password.encode(), (hashed or NO_HASH).encode()
     await refuse_too_many(session, pair)
+    await clean_up(session)  # before any lock that another login may wait for
     await session.commit()  # no connection is held while it is hashed
     right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], known)
     # Many may have been hashed at once. One after another they are counted now, and
@@ -541,7 +543,6 @@ async def check_password(
     if not IS_SQLITE:  # where transactions are one after another anyway
         await session.exec(select(func.pg_advisory_xact_lock(int(pair[:15], 16))))
     failed = await refuse_too_many(session, pair)
-    await clean_up(session)
     # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
     if right and hashed and len(guess) <= 72:
         mine = col(LoginAttempt.pair_hash) == pair
@@ -1113,11 +1114,12 @@ RIGHTS = UserUpdate.model_fields.keys() - UserCreate.model_fields.keys()
 RIGHTS -= {"current_password"}
 # The rows that go with a user, some at a time: all in one statement could take longer
 # than a statement may. Logins go last, with the user: the caller's may be among them.
+SOME = 1000  # rows
 SOME_OF_THEIRS = [
     delete(table)
     .where(
         sa.tuple_(*table.primary_key).in_(
-            select(*table.primary_key).where(column == bindparam("id")).limit(1000)
+            select(*table.primary_key).where(column == bindparam("id")).limit(SOME)
         )
     )
     .returning(column)
@@ -1217,14 +1219,21 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     """
     id_ = id_of(user_id, token)
     await fetch_one(USER, token, id=id_)  # before a lock that others wait for
+    await lock_to_delete(session, token, id_)
+    await session.commit()
+    for statement in SOME_OF_THEIRS:
+        while len(await fetch(statement, None, id=id_)) == SOME:
+            await anyio.lowlevel.checkpoint()
+    # Much may have changed meanwhile: it is asked again who may do this.
+    await session.delete(await lock_to_delete(session, token, id_))
+
+
+async def lock_to_delete(session: AsyncSession, token: AccessToken, id_: int) -> User:
+    """Return a user to delete, locked; raise 403 for a superuser's own row."""
     user = await lock_user(session, token, id_)
     if user.id == token.sub and user.is_superuser:
         raise HTTPException(403, "A superuser cannot delete themself")
-    await session.commit()
-    for statement in SOME_OF_THEIRS:
-        while await fetch(statement, None, id=id_):
-            await anyio.lowlevel.checkpoint()
-    await session.delete(await lock_user(session, token, id_))
+    return user
 
 
 async def lock_user(session: AsyncSession, token: AccessToken, id_: int) -> User:

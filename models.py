@@ -91,10 +91,8 @@ LIMITS = {
 }
 
 
-def rules(field: FieldInfo | None) -> list[Any]:
+def rules(field: FieldInfo) -> list[Any]:
     """Return what a field must fulfil: `Text`, `Text | None` and so on."""
-    if field is None:
-        return []
     found = list(field.metadata)
     if get_origin(field.annotation) in (Union, UnionType):
         for part in get_args(field.annotation):
@@ -120,7 +118,8 @@ def complete_table(mapper: Mapper[Any], model: type[SQLModel]) -> None:
             column.type.native_enum = False
             choices = crc32(repr(column.type.enums).encode())
             checks[f"{column.name}_in_{choices:08x}"] = column.in_(column.type.enums)
-        for rule in rules(model.model_fields.get(column.name)):
+        field = mapper.get_property_by_column(column).key  # may have another name
+        for rule in rules(model.model_fields[field]):
             for limit, operator in LIMITS.items():
                 value: Any = getattr(rule, limit, None)
                 is_length = "length" in limit
@@ -163,9 +162,9 @@ def hashable(password: str) -> str:
 
 
 def not_a_number(value: object) -> object:
-    """Refuse a number where JSON has a text, such as a time."""
-    if isinstance(value, int | float):
-        raise PydanticCustomError("text", "Enter a text")
+    """Refuse seconds, in a number or a text, where a time is asked for."""
+    if isinstance(value, int | float) or (isinstance(value, str) and ":" not in value):
+        raise PydanticCustomError("time", "Enter a time, as 2030-01-02T03:04:05Z")
     return value
 
 

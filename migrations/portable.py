@@ -1,5 +1,6 @@
 """What makes migrations run on both databases, and with rows in the tables."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,7 +11,7 @@ from alembic import context
 from alembic.autogenerate.rewriter import Rewriter
 from alembic.ddl.sqlite import SQLiteImpl
 from alembic.operations.batch import ApplyBatchImpl
-from alembic.operations.ops import AddColumnOp, DropColumnOp
+from alembic.operations.ops import AddColumnOp, CreateCheckConstraintOp, DropColumnOp
 from alembic.util import CommandError
 from sqlalchemy.dialects import sqlite
 from sqlmodel import SQLModel
@@ -127,6 +128,18 @@ def keep_values(_context: object, _revision: object, op: DropColumnOp) -> DropCo
             "without --autogenerate, and write batch_op.alter_column(old, "
             "new_column_name=new). Is it to go? Then: alembic -x drop revision …"
         )
+    return op
+
+
+@rewriter.rewrites(CreateCheckConstraintOp)
+def without_casts(
+    _context: object, _revision: object, op: CreateCheckConstraintOp
+) -> CreateCheckConstraintOp:
+    """Write a CHECK that a downgrade brings back without PostgreSQL's own words."""
+    if isinstance(op.condition, sa.TextClause):
+        condition = re.sub(r"::[a-z ]+(\[\])?", "", op.condition.text)
+        condition = re.sub(r"= ANY \(+ARRAY\[(.*)\]\)+", r" IN (\1)", condition)
+        op.condition = sa.text(condition)
     return op
 
 
