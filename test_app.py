@@ -489,6 +489,26 @@ async def test_many_rows_are_deleted_some_at_a_time(ann: Client) -> None:
         assert step is None or following is None or step == 0
 
 
+async def test_who_becomes_a_superuser_meanwhile_is_not_deleted(
+    alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, lock = alice.app, alice.app.lock_user
+    promotion = f"UPDATE users SET is_superuser = true WHERE id = {alice.user['id']}"
+    locks: list[int] = []
+
+    async def lock_later(session: Any, *args: Any) -> Any:
+        locks.append(1)
+        if len(locks) == 2:  # after the rows that go first
+            await session.exec(text(promotion))
+            await session.commit()
+        return await lock(session, *args)
+
+    monkeypatch.setattr(app, "lock_user", lock_later)
+    await alice.expect(403, "DELETE /users/me")
+    monkeypatch.undo()
+    await (await alice.log_in()).expect(204, f"DELETE {alice.url}")
+
+
 # --- Items
 
 
@@ -1731,6 +1751,8 @@ async def test_nobody_takes_a_right(alice: Client) -> None:
 
 
 NO_ORIGINS = "https://a.example/b https://A.example HTTPS://a.example a.example null "
+NO_ORIGINS += "https://a.example: https://a..b https://a:b:c https://[::1 https://:80 "
+NO_ORIGINS += "https://a.example:0443 https://a.example:0 https://a.example:999999 "
 NO_ORIGINS += "https://a.example:443 http://a.example:80/ https://*.a.example"
 KEY_NEEDED = "SECRET_KEY must have at least 32 bytes that nobody knows. Make one with"
 
