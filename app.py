@@ -164,12 +164,13 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def check(self) -> "Settings":
         """Refuse what would be unsafe, or could never work."""
-        known = self.secret_key == DEVELOPMENT_KEY and not IS_DEVELOPMENT
-        if known or len(os.fsencode(self.secret_key)) < 32:
+        public = self.secret_key == DEVELOPMENT_KEY and not IS_DEVELOPMENT
+        if public or len(os.fsencode(self.secret_key)) < 32:
             make = "python -c 'import secrets; print(secrets.token_hex(32))'"
             problem = "SECRET_KEY must have at least 32 bytes that nobody knows"
             raise ValueError(f"{problem}. Make one with: {make}")
-        if not re.match(r"(sqlite|postgres(ql)?)(\+\w+)?://", self.database_url):
+        known = r"sqlite(\+\w+)?://(/|$)|postgres(ql)?(\+\w+)?://"
+        if not re.match(known, self.database_url):
             like = "sqlite:///file.db or postgresql://user@host/db"
             raise ValueError(f"DATABASE_URL must look like {like}")
         if bool(self.first_superuser_email) != bool(self.first_superuser_password):

@@ -1775,6 +1775,7 @@ def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> N
         ("SECRET_KEY=s3cr3ts3cr3ts3cr3ts3cr3t", KEY_NEEDED),
         ("DATABASE_URL=mysql://u:s3cr3t@h/d", "DATABASE_URL must look like"),
         ("DATABASE_URL=s3cr3t", "DATABASE_URL must look like"),
+        ("DATABASE_URL=sqlite://s3cr3t/app.db", "DATABASE_URL must look like"),
         ("BCRYPT_ROUNDS=s3cr3t", "BCRYPT_ROUNDS: Input should be a valid integer"),
         ("BCRYPT_ROUNDS=99", "BCRYPT_ROUNDS: Input should be less than"),
         ("API_V1_PREFIX=s3cr3t/", "API_V1_PREFIX: String should match"),
