@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import pairwise
@@ -2473,6 +2473,19 @@ async def test_check_sees_any_difference(new_url: NewUrl, project: Project) -> N
     for said in await together(project.run((url, "check")) for url in urls):
         assert "exit" in said
         assert [sign for _, sign in seen.values() if sign not in said] == []
+
+
+async def test_check_sees_a_key_that_could_be_given_twice(
+    new_url: NewUrl, project: Project
+) -> None:
+    url = new_url("sqlite")
+    async with running(load_app(url, **NOBODY)):
+        pass
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file, file:
+        file.execute("PRAGMA writable_schema = 1")
+        without = "replace(sql, 'AUTOINCREMENT', '') WHERE name = 'items'"
+        file.execute(f"UPDATE sqlite_master SET sql = {without}")
+    assert "items: lacks AUTOINCREMENT" in await project.run((url, "check"))
 
 
 NEW_TYPES = """

@@ -158,6 +158,18 @@ def constant_default(column: sa.Column[Any]) -> str | None:
     return str(store(value) if store else value)
 
 
+def complete(ctx: Any, revision: Any, directives: Any) -> None:
+    """Complete what autogenerate found, which compares no AUTOINCREMENT."""
+    rewriter(ctx, revision, directives)
+    if ctx.dialect.name == "sqlite":
+        ddl = sa.text("SELECT name, sql FROM sqlite_master WHERE type = 'table'")
+        made = {row.name: row.sql for row in ctx.connection.execute(ddl)}
+        for name, table in SQLModel.metadata.tables.items():
+            asked = table.dialect_options["sqlite"]["autoincrement"]
+            if asked and "AUTOINCREMENT" not in made.get(name, "AUTOINCREMENT"):
+                raise CommandError(f"{name}: lacks AUTOINCREMENT, copy it in batch")
+
+
 OPTIONS: Any = {
     "target_metadata": SQLModel.metadata,
     # SQLite can alter little: Alembic copies the table there (batch mode). What is
@@ -169,6 +181,6 @@ OPTIONS: Any = {
     ],
     "include_name": is_compared,
     "render_item": render_type,
-    "process_revision_directives": rewriter,
+    "process_revision_directives": complete,
     "on_version_apply": check_references,
 }
