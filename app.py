@@ -207,7 +207,7 @@ LEFT_OUT = """
     keepalives_interval load_balance_hosts max_protocol_version pgbouncer
     sslcompression sslkeylogfile sslsni supa tcp_user_timeout
 """
-# These are refused: without them the connection would be less safe, or to elsewhere.
+# These are refused: without them the connection would be less safe, or go elsewhere.
 REFUSED = """
     gssencmode=require hostaddr load_balance_hosts=random min_protocol_version
     oauth_client_id oauth_client_secret oauth_issuer oauth_scope replication

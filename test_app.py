@@ -359,6 +359,8 @@ class AnyPage(models.Page):
 async def test_a_user_registers_and_sees_themself_but_no_hash(api: Client) -> None:
     body = person(email=new_email().upper(), full_name="Ada")
     user = await api.expect(201, "POST /users", **body)
+    fields = "id email full_name is_active is_superuser created_at updated_at"
+    assert set(fields.split()) <= set(user) == set(models.UserPublic.model_fields)
     assert not [field for field in user if "password" in field]
     assert (user["email"], user["full_name"]) == (body["email"].lower(), "Ada")
     assert (user["is_active"], user["is_superuser"]) == (True, False)
