@@ -11,7 +11,6 @@ schema changes in migrations/.
 
 import ipaddress
 import logging
-import operator
 import os
 import re
 import sys
@@ -23,8 +22,8 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any, Literal, NoReturn
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from typing import Annotated, Any, Literal, NoReturn, Self
+from urllib.parse import parse_qsl, quote, urlencode
 from weakref import WeakValueDictionary
 
 import anyio
@@ -52,23 +51,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import aliased
 from sqlalchemy.util.concurrency import greenlet_spawn
-from sqlmodel import (
-    Session,
-    SQLModel,
-    bindparam,
-    col,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
+from sqlmodel import SQLModel, bindparam, col, delete, func, insert, or_, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 from sqlmodel.sql.expression import SelectOfScalar
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models import (
     AccessToken,
@@ -110,6 +98,7 @@ def stop(problem: str) -> NoReturn:
     raise SystemExit(3) from None  # tells uvicorn that another try is of no use
 
 
+DATABASE_URLS = r"sqlite(\+\w+)?://(/[^?]*)?$|postgres(ql)?(\+\w+)?://"
 DEVELOPMENT_KEY = "a key that everybody knows: for development only"
 # `fastapi dev` sets the variable. Under any other command it does not count.
 IS_DEVELOPMENT = os.environ.get("FASTAPI_ENV") == "development" and sys.argv[1:2] == [
@@ -162,20 +151,23 @@ class Settings(BaseSettings):
     first_superuser_password: Password | None = Field(default=None, repr=False)
 
     @model_validator(mode="after")
-    def check(self) -> "Settings":
+    def check(self) -> Self:
         """Refuse what would be unsafe, or could never work."""
-        public = self.secret_key == DEVELOPMENT_KEY and not IS_DEVELOPMENT
-        if public or len(os.fsencode(self.secret_key)) < 32:
-            make = "python -c 'import secrets; print(secrets.token_hex(32))'"
-            problem = "SECRET_KEY must have at least 32 bytes that nobody knows"
-            raise ValueError(f"{problem}. Make one with: {make}")
-        known = r"sqlite(\+\w+)?://(/|$)|postgres(ql)?(\+\w+)?://"
-        if not re.match(known, self.database_url):
-            like = "sqlite:///file.db or postgresql://user@host/db"
-            raise ValueError(f"DATABASE_URL must look like {like}")
+        is_public = self.secret_key == DEVELOPMENT_KEY and not IS_DEVELOPMENT
+        if is_public or len(os.fsencode(self.secret_key)) < 32:
+            raise ValueError(
+                "SECRET_KEY must have at least 32 bytes that nobody knows. Make one "
+                "with: python -c 'import secrets; print(secrets.token_hex(32))'"
+            )
+        if not re.match(DATABASE_URLS, self.database_url):
+            raise ValueError(
+                "DATABASE_URL must look like sqlite:///file.db or "
+                "postgresql://user@host/db"
+            )
         if bool(self.first_superuser_email) != bool(self.first_superuser_password):
-            both = "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD"
-            raise ValueError(f"{both} need one another")
+            raise ValueError(
+                "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another"
+            )
         return self
 
 
@@ -199,8 +191,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 # asyncpg sends each word of a URL that it does not know to the server, as a setting.
-# These, of libpq and of hosting services, are left out: all is well without them. (Less
-# so without channel binding, but there are services that ask everybody for it.)
+# These, of libpq and of hosting services, are left out: all is well without them.
 LEFT_OUT = """
     channel_binding client_encoding connect_timeout fallback_application_name
     gssdelegation gssencmode keepalives keepalives_count keepalives_idle
@@ -214,11 +205,10 @@ REFUSED = """
     require_auth requirepeer requiressl scram_client_key scram_server_key service
     servicefile sslcertmode sslcrldir sslsni=0 target_session_attrs=prefer-standby
 """
-NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-encoded"
 TLS_FILES = ("sslcert", "sslcrl", "sslkey", "sslrootcert")
-SYSTEM_TLS = ("ssl", "sslmode", "sslrootcert", "sslnegotiation", "sslsni")
 # How others write `sslmode`, or `ssl`; libpq reads "ssl=true" like this, too.
 SSLMODES = {"true": "require", "no-verify": "require", "false": "disable"}
+NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-encoded"
 
 
 def postgresql_hosts() -> list[dict[str, Any]]:
@@ -229,31 +219,27 @@ def postgresql_hosts() -> list[dict[str, Any]]:
     address, _, query = settings.database_url.replace("#", "%23").partition("?")
     user, at, place = address.partition("://")[2].rpartition("@")
     place, slash, database = place.rstrip("/").partition("/")
-    if "@" in query:  # the "?" was one in the password
-        raise ValueError
-    words = parse_qs(query, strict_parsing=bool(query))
-    known = {name: ",".join(values) for name, values in words.items()}
-    system = known.get("sslrootcert") == "system"  # implies verify-full
-    for name, value in known.copy().items():
-        # Trusting the system's certificates, asyncpg looks at no other word on TLS.
-        ignored = system and name.startswith("ssl") and name not in SYSTEM_TLS
+    words = dict(parse_qsl(query, strict_parsing=bool(query)))
+    is_system = words.get("sslrootcert") == "system"
+    for name, value in words.items():
+        # With the system's certificates, asyncpg reads no other words on TLS.
+        ignored = is_system and name.startswith(("ssl_", "sslc", "sslk", "sslp"))
         if ignored or {name, f"{name}={value}"} & {*REFUSED.split()}:
             stop(f"DATABASE_URL asks for what the driver cannot do: {name}")
-        if name in TLS_FILES and not (system or Path(value).is_file()):
+        if name in TLS_FILES and not (is_system or Path(value).is_file()):
             stop(f"DATABASE_URL: {name} is not the path of a file")
-        if name in LEFT_OUT.split():
-            del known[name]
-    mode = known.get("sslmode", known.pop("ssl", ""))
-    known["sslmode"] = SSLMODES.get(mode, mode)
-    places = known.pop("host", place).split(",")
-    ports = known.pop("port", "").split(",")
+    mode = words.pop("ssl", None) or words.get("sslmode", "")
+    words["sslmode"] = SSLMODES.get(mode, mode)
+    places = words.pop("host", place).split(",")
+    ports = words.pop("port", "").split(",")
     ports *= len(places) if len(ports) == 1 else 1  # one may be that of all
+    kept = urlencode({name: words[name] for name in words.keys() - LEFT_OUT.split()})
     hosts = []
-    for place, port in zip(places, ports, strict=True):
-        [(host, own_port)] = re.findall(r"^(/.*|\[.*\]|[^:]*):?([^:]*)$", place)
-        query = urlencode(known | {"host": unquote(host), "port": port or own_port})
-        url = f"postgresql://{quote(user, ':%')}{at}{slash}{database}?{query}"
-        hosts.append({"dsn": url, "ssl": system or None})
+    for host, port in zip(places, ports, strict=True):
+        bare = host.count(":") > 1 and not host.startswith("[")  # IPv6, in the query
+        host = f"[{host}]" if bare else quote(host, "%:[]")
+        dsn = f"postgresql://{quote(user, ':%')}{at}{host}{slash}{database}?{kept}"
+        hosts.append({"dsn": dsn, "port": port or None, "ssl": is_system or None})
     return hosts
 
 
@@ -268,12 +254,10 @@ async def connect(hosts: list[dict[str, Any]], **options: Any) -> asyncpg.Connec
             return await asyncpg.connect(**host, timeout=timeout, **options)
         except (OSError, asyncpg.PostgresError, asyncpg.InternalClientError) as failure:
             error = failure
-            hosts.remove(host)  # for all who connect: next time, begin with another
-            hosts.append(host)
-        except asyncpg.ClientConfigurationError as wrong:  # it names the word
-            stop(f"DATABASE_URL: {wrong}")
-        except (ArithmeticError, ValueError):  # it may show a part of the password
-            stop(NOT_VALID)
+            hosts.sort(key=lambda other: other is host)  # next time, it is the last
+        except (ArithmeticError, ValueError) as wrong:  # it may show the password
+            named = isinstance(wrong, asyncpg.ClientConfigurationError)
+            stop(f"DATABASE_URL: {wrong}" if named else NOT_VALID)
     raise error
 
 
@@ -341,7 +325,7 @@ autocommit = make_engine(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=
 if IS_SQLITE:
     # SQLite has one writer at a time. Here transactions wait in line for a connection;
     # the file's lock, where who waits longest may lose, is for other processes.
-    engine = make_engine(pool_size=1)
+    engine = migrating = make_engine(pool_size=1)
     if in_memory:  # the database is its one connection
         autocommit = engine
 
@@ -364,6 +348,12 @@ if IS_SQLITE:
 
 else:
     engine = autocommit.execution_options(isolation_level="READ COMMITTED")  # one pool
+    migrating = create_async_engine(  # a migration may take its time
+        engine_url,
+        poolclass=sa.NullPool,
+        hide_parameters=True,
+        connect_args=connect_args | {"command_timeout": None},
+    )
 
     @sa.event.listens_for(autocommit.sync_engine, "checkout")
     def replace_closed(connection: Any, *_: object) -> None:
@@ -386,26 +376,20 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
         await session.commit()
 
 
-class ReadingSession(Session):
-    """A session that stores nothing, and says so."""
+reading = autocommit.execution_options()  # the same pool, for `get_reader`
 
-    def flush(self, objects: Any = None) -> NoReturn:
+
+@sa.event.listens_for(reading.sync_engine, "before_execute")
+def refuse_changes(_: object, statement: Any, *__: object) -> None:
+    if statement.is_dml:
         raise RuntimeError("A ReaderDep stores nothing: use SessionDep for changes")
-
-
-@sa.event.listens_for(ReadingSession, "do_orm_execute")
-def refuse_changes(state: Any) -> None:
-    if state.is_insert or state.is_update or state.is_delete:
-        state.session.flush()
 
 
 async def get_reader() -> AsyncGenerator[AsyncSession]:
     """Yield a session that reads outside of any transaction."""
-    options: Any = {"autoflush": False, "sync_session_class": ReadingSession}
-    async with AsyncSession(autocommit, **options) as session:
+    async with AsyncSession(reading) as session:
         yield session
-        if session.new or session.dirty or session.deleted:
-            await session.flush()
+        await session.flush()  # changes are refused here, rather than lost
 
 
 # For changes; not for a lone read, which `fetch` does at half the cost.
@@ -460,7 +444,7 @@ REFRESH_LIFETIME = timedelta(days=settings.refresh_token_expire_days)
 # bcrypt is made to take long: more threads than cores would only slow the rest down.
 CORES = os.cpu_count() or 1
 hashing = anyio.CapacityLimiter(CORES)
-lines: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
+queues: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
 HASHING_PATIENCE = 15  # seconds for a hash and the wait for a core, then 503
 # A hash that no password has, of the usual cost: an unknown email takes as long.
 NO_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
@@ -470,9 +454,8 @@ async def get_address(request: Request) -> str:
     """Return the client's address; of IPv6 the /64, which is usually one client's."""
     host = request.client.host if request.client else ""  # none on a Unix socket
     with suppress(ValueError):
-        address = ipaddress.IPv6Address(host)
-        network = ipaddress.IPv6Network((int(address), 64), strict=False)
-        return str(address.ipv4_mapped or network)
+        network = ipaddress.IPv6Network(f"{host}/64", strict=False)
+        return str(ipaddress.IPv6Address(host).ipv4_mapped or network)
     return host
 
 
@@ -482,13 +465,13 @@ AddressDep = Annotated[str, Depends(get_address)]
 async def hash_in_turn[T](address: str, function: Callable[..., T], *args: Any) -> T:
     """Run a function of bcrypt in a thread, once a core is free; return its result.
 
-    Each address has a line of its own, and all lines but one core: a flood from one
-    address keeps nobody else waiting. Raises TimeoutError after HASHING_PATIENCE.
+    Each address waits in a queue of its own, which gets all cores but one: a flood from
+    one address keeps nobody else waiting. Raises TimeoutError after HASHING_PATIENCE.
     Call it outside of transactions: those who wait would hold every connection.
     """
-    line = lines.setdefault(address, anyio.CapacityLimiter(max(1, CORES - 1)))
+    queue = queues.setdefault(address, anyio.CapacityLimiter(max(1, CORES - 1)))
     with anyio.fail_after(HASHING_PATIENCE):
-        async with line:
+        async with queue:
             return await anyio.to_thread.run_sync(function, *args, limiter=hashing)
 
 
@@ -573,11 +556,12 @@ async def clean_up(session: AsyncSession) -> None:
 def make_token(user_id: int, family: str, secret: str) -> Token:
     """Return the token endpoint's answer for a login (RFC 6749, section 5.1)."""
     now, lifetime = int(time.time()), settings.access_token_expire_minutes * 60
-    claims = {"sub": str(user_id), "sid": family}
-    times = {"iat": now, "exp": now + lifetime}
-    access = jwt.encode(claims | times, SECRET_KEY, "HS256")
-    refresh = f"{family}.{secret}"
-    return Token(access_token=access, expires_in=lifetime, refresh_token=refresh)
+    claims = {"sub": str(user_id), "sid": family, "iat": now, "exp": now + lifetime}
+    return Token(
+        access_token=jwt.encode(claims, SECRET_KEY, "HS256"),
+        expires_in=lifetime,
+        refresh_token=f"{family}.{secret}",
+    )
 
 
 def read_access_token(token: str, *, expired: bool = False) -> AccessToken | None:
@@ -645,10 +629,10 @@ OptionalTokenDep = Annotated[AccessToken | None, Depends(get_optional_token)]
 Caller = aliased(User, name="caller")
 CallersLogin = aliased(Login, name="callers_login")
 CALLER = select(Caller).where(
-    Caller.id == bindparam("sub"),
+    Caller.id == bindparam("caller_sub"),
     col(Caller.is_active),
     CallersLogin.user_id == Caller.id,
-    CallersLogin.family_hash == bindparam("sid"),
+    CallersLogin.family_hash == bindparam("caller_sid"),
     col(CallersLogin.expires_at) > func.now(),
 )
 CALLER_ID = CALLER.with_only_columns(col(Caller.id)).scalar_subquery()
@@ -664,12 +648,30 @@ def visible(owner_id: Any) -> sa.ColumnElement[bool]:
     return or_(owner_id == CALLER_ID, IS_SUPERUSER)
 
 
+def insert_own(table: type[SQLModel], body: type[SQLModel], owner_id: Any) -> Any:
+    """Return the statement that stores a row of the caller's, and returns it.
+
+    `table`: its model. `body`: the model of the request's body, whose fields are the
+    statement's parameters. `owner_id`: the column that gets the caller's id. Like any
+    statement on CALLER, it finds nothing where there is no caller.
+    """
+    columns = {name: getattr(table, name) for name in body.model_fields}
+    values = [bindparam(name, type_=column.type) for name, column in columns.items()]
+    row = CALLER.with_only_columns(*values, col(Caller.id))
+    new = insert(table).from_select([*columns.values(), owner_id], row)
+    return new.returning(table)
+
+
+def callers_parameters(token: AccessToken | None) -> dict[str, Any]:
+    """Return the values of CALLER's parameters; without a token it is nobody."""
+    return {"caller_sub": token and token.sub, "caller_sid": token and token.sid}
+
+
 type Rows = Sequence[sa.Row[Any]]
-NOBODY = {"sub": None, "sid": None}  # no caller: every condition on one is false
 
 
 async def fetch(
-    statement: sa.Executable, token: AccessToken | None, **values: Any
+    statement: sa.Executable, token: AccessToken | None, /, **values: Any
 ) -> Rows:
     """Run one statement as a transaction of its own and return its rows.
 
@@ -685,7 +687,7 @@ async def fetch(
                 connection.commit()  # where the engine is not autocommit: in memory
             return rows
 
-    values |= vars(token) if token else NOBODY
+    values |= callers_parameters(token)
     rows = await greenlet_spawn(run, statement)
     if not rows and token and not await greenlet_spawn(run, CALLER):
         raise unauthorized()
@@ -693,7 +695,7 @@ async def fetch(
 
 
 async def fetch_one(
-    statement: sa.Executable, token: AccessToken | None, **values: Any
+    statement: sa.Executable, token: AccessToken | None, /, **values: Any
 ) -> Any:
     """Return the one row that `fetch` finds; what the caller may not see is 404."""
     rows = await fetch(statement, token, **values)
@@ -706,13 +708,14 @@ async def load[T: SQLModel](
     session: AsyncSession,
     statement: SelectOfScalar[T],
     token: AccessToken | None,
+    /,
     **values: Any,
 ) -> T:
     """Return what a statement finds as an object of the session; raise 401 or 404.
 
     In a session for changes its row is locked: of two changes at once, one waits.
     """
-    values |= vars(token) if token else NOBODY
+    values |= callers_parameters(token)
     if session.bind is engine:
         row = statement.column_descriptions[0]["entity"]
         statement = statement.with_for_update(key_share=True, of=row)
@@ -738,19 +741,15 @@ def page_of(statement: sa.Select[Any], sort: str, *, first: bool) -> sa.Select[A
     column, id_ = columns[sort.removeprefix("-")], columns["id"]
     if getattr(column, "nullable", False):
         raise RuntimeError(f"A page cannot be sorted by {column}, which may be NULL")
-    beyond, from_ = operator.gt, operator.ge
-    if sort.startswith("-"):
-        beyond, from_ = operator.lt, operator.le
+    keys = [column, id_] if column is not id_ else [id_]
+    is_descending = sort.startswith("-")
     if not first:
         after = bindparam("after", type_=sa.BigInteger)
-        place = beyond(id_, after)
-        if column is not id_:
-            start = statement.with_only_columns(column).where(id_ == after)
-            value = start.correlate(None).scalar_subquery()
-            place = from_(column, value) & (beyond(column, value) | place)
-        statement = statement.where(place)
-    keys = [column] if column is id_ else [column, id_]
-    order = [key.desc() if sort.startswith("-") else key for key in keys]
+        start = statement.with_only_columns(column).where(id_ == after).correlate(None)
+        values = [start.scalar_subquery(), after] if column is not id_ else [after]
+        row, last = sa.tuple_(*keys), sa.tuple_(*values)
+        statement = statement.where(row < last if is_descending else row > last)
+    order = [key.desc() if is_descending else key for key in keys]
     skip, limit = (bindparam(name, type_=sa.BigInteger) for name in ("skip", "limit"))
     return statement.order_by(*order).offset(skip).limit(limit + 1)
 
@@ -761,6 +760,7 @@ async def fetch_page(
     page: Page,
     request: Request,
     response: Response,
+    /,
     **values: Any,
 ) -> Rows:
     """Return a page of a statement's rows and set `Link` to the next one (RFC 8288)."""
@@ -778,30 +778,20 @@ async def fetch_page(
 # --- The application: what happens at start-up, around every request and on errors
 
 
-def migration_engine() -> AsyncEngine:
-    """Return the engine to migrate by: a migration may take its time."""
-    if IS_SQLITE:
-        return engine
-    alone: Any = {"poolclass": sa.NullPool, "hide_parameters": True}
-    unlimited = connect_args | {"command_timeout": None}
-    return create_async_engine(engine_url, connect_args=unlimited, **alone)
-
-
 async def migrate() -> None:
     """Run the migrations that the database has not seen: see migrations/env.py."""
-
-    def upgrade(connection: sa.Connection) -> None:
-        attributes = {"connection": connection, "only_if_empty": IS_DEVELOPMENT}
+    async with migrating.connect() as connection:
+        attributes = {
+            "connection": connection.sync_connection,
+            "only_if_empty": IS_DEVELOPMENT,
+        }
         config = Config(attributes=attributes)
         folder = str(HERE / "migrations").replace("%", "%%")
         config.set_main_option("script_location", folder)
-        command.upgrade(config, "head")
-
-    try:
-        async with migration_engine().connect() as connection:
-            await connection.run_sync(upgrade)
-    except CommandError as error:
-        stop(f"The migrations: {error}")
+        try:
+            await greenlet_spawn(command.upgrade, config, "head")
+        except CommandError as error:
+            stop(f"The migrations: {error}")
 
 
 async def create_first_superuser() -> None:
@@ -811,16 +801,14 @@ async def create_first_superuser() -> None:
         return
     query = select(User.is_superuser).where(or_(User.is_superuser, User.email == email))
     found = await fetch(query, None)
-    if found:
-        if not any(is_superuser for [is_superuser] in found):
-            log.warning("FIRST_SUPERUSER_EMAIL is a user's who is no superuser")
-        return
-    hashed = await hash_password(password)
-    with suppress(sa.exc.IntegrityError):  # another worker was faster
-        async with AsyncSession(engine) as session:
-            session.add(User(email=email, hashed_password=hashed, is_superuser=True))
-            await session.commit()
-        log.warning("The first superuser was made, as the settings say")
+    if not found:
+        hashed = await hash_password(password)
+        values = {"email": email, "hashed_password": hashed, "is_superuser": True}
+        with suppress(sa.exc.IntegrityError):  # another worker was faster
+            await fetch(insert(User).values(values).returning(col(User.id)), None)
+            log.warning("The first superuser was made, as the settings say")
+    elif not any(is_superuser for [is_superuser] in found):
+        log.warning("FIRST_SUPERUSER_EMAIL is a user's who is no superuser")
 
 
 @asynccontextmanager
@@ -928,41 +916,33 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
     return await refused(request, HTTPException(422, errors))
 
 
-def taken(error: sa.exc.DBAPIError) -> str:
+def taken(error: Exception) -> str:
     """Return in words which columns must be unique, and have the value already."""
-    for table in User.metadata.tables.values():
-        uniques: Any = table.constraints | table.indexes
-        for unique in uniques:
-            # PostgreSQL names the constraint, SQLite its columns.
-            columns = ", ".join(map(str, unique.columns))
-            if re.search(rf"\W{unique.name}\W|: {columns}$", str(error.orig)):
-                names = " and ".join(unique.columns.keys())
-                return names.replace("_", " ").capitalize()
-    return "It is"
+    # PostgreSQL says "Key (a, b)=(1, 2) …", SQLite "… failed: table.a, table.b".
+    text = getattr(error, "detail", None) or str(error)
+    found = re.search(r"\(([\w, ]+)\)=|failed: ([\w., ]+)$", text)
+    names = re.sub(r"\w+\.", "", found[1] or found[2]) if found else "it is"
+    return names.replace(", ", " and ").replace("_", " ").capitalize()
 
 
 @app.exception_handler(sa.exc.IntegrityError)
 async def failed(request: Request, error: Exception) -> Response:
     """Answer what the database refused or could not do, and mistakes of ours."""
-    code, status = error_code(error), 400
+    code, cause, status = error_code(error), getattr(error, "orig", error), 400
     if is_outage(error):
         log.warning("Answered 503: %s", reason(error))
         detail, wait = "The service is busy, try again", {"Retry-After": "1"}
         busy = OAuth2Error("temporarily_unavailable", 503, detail, wait)
         return await refused(request, busy)
-    if isinstance(error, sa.exc.DBAPIError) and code in TAKEN:
-        detail = f"{taken(error)} already registered"
+    if code in TAKEN:
+        detail = f"{taken(cause)} already registered"
     elif code in DANGLING:
         if token := getattr(request.state, "token", None):
             await fetch(CALLER, token)  # the caller's own row may be gone: 401
         detail = "It refers to what is not there, or is still in use"
     elif isinstance(error, sa.exc.IntegrityError):
         detail = "It breaks a rule of the database"
-    elif (
-        code.startswith(UNFIT)
-        or isinstance(error, UnicodeError | OverflowError)
-        or isinstance(getattr(error, "orig", None), ValueError | OverflowError)
-    ):
+    elif code.startswith(UNFIT) or isinstance(cause, ValueError | OverflowError):
         detail = "It has a text or a number that cannot be stored"
     elif isinstance(error, sa.orm.exc.StaleDataError):  # deleted meanwhile
         status, detail = 404, "Not found"
@@ -974,16 +954,11 @@ async def failed(request: Request, error: Exception) -> Response:
 
 
 def head_as_get(app: ASGIApp) -> ASGIApp:
-    """Answer HEAD wherever GET is answered, without the body (RFC 9110, 9.3.2)."""
+    """Answer HEAD as GET (RFC 9110, 9.3.2); the server leaves out the body."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_head(message: Message) -> None:
-            await send({**message, "body": b""} if "body" in message else message)
-
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            await app({**scope, "method": "GET"}, receive, send_head)
-        else:
-            await app(scope, receive, send)
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
     return answer
 
@@ -1038,7 +1013,7 @@ async def log_in(session: AsyncSession, grant: PasswordGrant, address: str) -> T
     known = user.hashed_password if user else None
     pair = digest(f"login {email} {address}")
     right = await check_password(session, pair, address, grant.password, known)
-    if not (user and right):
+    if not user or not right:
         raise OAuth2Error("invalid_grant", 400, "Wrong email or password")
     hashed = user.hashed_password
     if hashed[:7] != NO_HASH[:7]:  # BCRYPT_ROUNDS has changed since it was made
@@ -1219,22 +1194,18 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     Superusers cannot delete themselves.
     """
     id_ = id_of(user_id, token)
-    await fetch_one(USER, token, id=id_)  # before a lock that others wait for
-    await lock_to_delete(session, token, id_)
-    await session.commit()
+    own_row = HTTPException(403, "A superuser cannot delete themself")
+    user = await fetch_one(USER, token, id=id_)
+    if user.is_superuser and id_ == token.sub:
+        raise own_row
     for statement in SOME_OF_THEIRS:
         while len(await fetch(statement, None, id=id_)) == SOME:
-            await anyio.lowlevel.checkpoint()
+            pass
     # Much may have changed meanwhile: it is asked again who may do this.
-    await session.delete(await lock_to_delete(session, token, id_))
-
-
-async def lock_to_delete(session: AsyncSession, token: AccessToken, id_: int) -> User:
-    """Return a user to delete, locked; raise 403 for a superuser's own row."""
     user = await lock_user(session, token, id_)
-    if user.id == token.sub and user.is_superuser:
-        raise HTTPException(403, "A superuser cannot delete themself")
-    return user
+    if user.is_superuser and id_ == token.sub:
+        raise own_row
+    await session.delete(user)
 
 
 async def lock_user(session: AsyncSession, token: AccessToken, id_: int) -> User:
@@ -1251,15 +1222,7 @@ ITEM = select(Item).where(Item.id == bindparam("id"), visible(Item.owner_id))
 ITEMS = select(Item).where(IS_SUPERUSER)
 OWNER = bindparam("owner_id", type_=sa.BigInteger)
 OWNED_ITEMS = select(Item).where(Item.owner_id == OWNER, visible(OWNER))
-# One statement, for speed: it inserts from the caller's row, if there is one. The usual
-# way to make a row is in the README, under "A table".
-FIELDS: Any = [getattr(Item, name) for name in ItemCreate.model_fields]
-VALUES = [bindparam(column.name, type_=column.type) for column in FIELDS]
-IS_CALLER: Any = CALLER.whereclause
-NEW_ITEM = sa.select(*VALUES, col(Caller.id)).where(IS_CALLER)
-CREATE_ITEM = (
-    insert(Item).from_select([*FIELDS, col(Item.owner_id)], NEW_ITEM).returning(Item)
-)
+CREATE_ITEM = insert_own(Item, ItemCreate, Item.owner_id)
 
 
 @items.post("", response_model=ItemPublic, status_code=201)

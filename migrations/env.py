@@ -55,16 +55,15 @@ def is_behind() -> bool:
 
 async def connect_and_migrate() -> None:
     os.environ["SECRET_KEY"] = token_hex(32)  # the app asks for one; it signs nothing
-    from app import migration_engine, reason
+    from app import migrating, reason
 
-    engine = migration_engine()
     try:
-        async with engine.connect() as connection:
+        async with migrating.connect() as connection:
             await connection.run_sync(migrate)
     except (DBAPIError, OSError) as error:  # one line instead of a page of traceback
         raise CommandError(f"The database: {reason(error)}") from None
     finally:
-        await engine.dispose()
+        await migrating.dispose()
 
 
 if connection := config.attributes.get("connection"):
