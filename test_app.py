@@ -1524,9 +1524,6 @@ LIMITS: dict[str, Any] = {"maximum": lambda n: n + 1, "minimum": lambda n: n - 1
 LIMITS |= {"maxLength": lambda n: "x" * (n + 1), "minLength": lambda n: "x" * (n - 1)}
 
 
-SOME: list[Any] = ["", 1, "2030-01-02", {"a": 1}, [1]]  # one is right for any type
-
-
 def new_row(connection: sa.Connection, table: sa.Table, **values: Any) -> Any:
     """Store and return a row, with new ones that it refers to."""
     for column in table.columns:
@@ -1537,74 +1534,51 @@ def new_row(connection: sa.Connection, table: sa.Table, **values: Any) -> Any:
             continue
         if others:
             values[column.name] = new_row(connection, others[0].table)[others[0].name]
-        elif name in VALUES or not (by_itself or column.server_default):
+        elif name in VALUES:
+            values[column.name] = VALUES[name]
+        elif not (by_itself or column.server_default):
             text = secrets.token_hex(16)[: getattr(kind, "length", 0) or 32]
             fitting = TypeAdapter[Any](kind.python_type).validate_python
-            known: Any = (
-                [VALUES[name]] if name in VALUES else getattr(kind, "enums", ())
-            )
-            for some in [] if known else SOME:
+            choices = getattr(kind, "enum_class", None) or ()
+            for some in (*choices, text, 1, "2030-01-02", {}, []):  # one is right
                 with suppress(ValidationError):
-                    known = known or [fitting(some or text)]
-            values[column.name] = known[0]
+                    values[column.name] = fitting(some)
+                    break
     statement = table.insert().values(values).returning(*table.columns)
     return connection.execute(statement).mappings().one()
 
 
-def takes(connection: sa.Connection, table: sa.Table, **values: Any) -> bool:
-    errors = sa.exc.StatementError, LookupError, OverflowError
-    with suppress(*errors), connection.begin_nested() as savepoint:
-        new_row(connection, table, **values)
-        savepoint.rollback()
-        return True
-    return False
-
-
-def flaws(connection: sa.Connection) -> Iterator[str]:
-    """Yield what tables lack, and what to do about it."""
+def check_tables(connection: sa.Connection) -> None:
+    """Fail with what a table lacks, and what to do about it."""
     inspector, registered = sa.inspect(connection), sa.inspect(User).registry
     classes: dict[Any, Any] = {m.local_table: m.class_ for m in registered.mappers}
+    refused = sa.exc.StatementError, LookupError, OverflowError
     for table in User.metadata.sorted_tables:
         name, columns, primary = table.name, table.columns, table.primary_key.columns
-        if not inspector.has_table(name):
-            yield f"{name}: not in the database. Run alembic revision --autogenerate"
-            continue
-        if not {"created_at", "updated_at"} <= {*columns.keys()}:
-            yield f"{name}: no created_at or updated_at. Derive it from Record"
+        timed = {"created_at", "updated_at"} <= {*columns.keys()}
+        assert timed, f"{name}: derive it from Record"
         indexes: Any = inspector.get_indexes(name)
         indexes += inspector.get_unique_constraints(name)
         starts = [index["column_names"][0] for index in indexes] + primary.keys()[:1]
         for key in inspector.get_foreign_keys(name):
-            column, rule = key["constrained_columns"][0], key["options"].get("ondelete")
-            rules = ["CASCADE", "SET NULL"][: 1 + bool(columns[column].nullable)]
-            if key["referred_table"] == "users" and rule not in rules:
-                yield f"{name}.{column}: a user could not go. Add ondelete={rules}"
-            if column not in starts:
-                yield f"{name}.{column}: no index begins with it. Add index=True"
-        if primary.keys() == ["id"]:
-            _, last = [new_row(connection, table)["id"] for _ in range(2)]
-            connection.execute(table.delete().where(columns["id"] == last))
-            if new_row(connection, table)["id"] <= last:
-                yield f"{name}: an id comes twice. sqlite_autoincrement=True is missing"
+            column = key["constrained_columns"][0]
+            assert column in starts, f"{name}.{column}: no index: add index=True"
         schema = classes[table].model_json_schema() if table in classes else {}
         for column, field in schema.get("properties", {}).items():
-            limits = {"maxLength": getattr(columns[column].type, "length", None)}
+            length = getattr(columns[column].type, "length", None)
+            limits = {"maxLength": length} if length else {}
             for part in (field, *field.get("anyOf", ())):
                 limits |= {limit: part[limit] for limit in LIMITS if limit in part}
             for limit, value in limits.items():
-                beyond = None if value is None else LIMITS[limit](value)
-                if value is not None and takes(connection, table, **{column: beyond}):
-                    advice = "Put it where the column sees it, or add a CheckConstraint"
-                    yield f"{name}.{column}: {limit} {value} is not held. {advice}"
-        for needed in (c.name for c in columns if not c.nullable and c.name != "id"):
-            if takes(connection, table, **{needed: None}):
-                yield f"{name}.{needed}: NULL is stored. Run alembic check"
+                with suppress(*refused), connection.begin_nested():
+                    new_row(connection, table, **{column: LIMITS[limit](value)})
+                    advice = "put it where the column sees it, or add a CheckConstraint"
+                    pytest.fail(f"{name}.{column}: {limit} is not held: {advice}")
 
 
 async def test_every_table_holds_what_it_promises(api: Client) -> None:
     async with api.app.engine.connect() as connection:
-        problems = await connection.run_sync(lambda sync: [*flaws(sync)])
-    assert not problems, "\n".join(problems)
+        await connection.run_sync(check_tables)
     with pytest.raises(DBAPIError, match="ck_users_email_lower"):
         await api.sql("UPDATE users SET email = 'A@b.io'")
 
@@ -1614,8 +1588,8 @@ async def test_all_that_refers_to_a_user_goes_with_them(alice: Client) -> None:
     async with alice.app.engine.begin() as connection:
         for table in tables:
             await connection.run_sync(new_row, table)
-    new = f"users WHERE id > {alice.user['id']}"
-    ids = [id_ for [id_] in await alice.sql(f"SELECT id FROM {new}")]
+    new = f"SELECT id FROM users WHERE id > {alice.user['id']}"
+    ids = [id_ for [id_] in await alice.sql(new)]
     for id_ in ids:
         answer = await root.delete(f"/users/{id_}")
         advice = "what refers to what is theirs needs ondelete: CASCADE or SET NULL"
@@ -1641,17 +1615,11 @@ def test_a_table_is_completed_as_it_is_defined() -> None:
         tags: list[str] = Field(max_length=5, sa_type=sa.JSON)  # of a list: no CHECK
         new: str = Field(max_length=5, sa_column_kwargs={"name": "spelled"})
 
-    table: Any = Base.metadata.tables["follow"]
-    for url in ("sqlite://", "postgresql://"):
-        ddl = str(CreateTable(table).compile(dialect=sa.make_url(url).get_dialect()()))
-        for part in (
-            "CHECK (kind IN ('good'))",
-            "(length(nick) <= 5)",
-            "(length(spelled) <= 5)",
-        ):
-            assert ddl.count(part) == 1
-        assert ddl.count("CHECK") == 3
-        assert "AUTOINCREMENT" not in ddl
+    dialect = sa.make_url("sqlite://").get_dialect()()
+    ddl = str(CreateTable(Base.metadata.tables["follow"]).compile(dialect=dialect))
+    checks = ["kind IN ('good')", "length(nick) <= 5", "length(spelled) <= 5"]
+    assert re.findall(r"CHECK \((.+)\)", ddl) == checks
+    assert "AUTOINCREMENT" not in ddl
 
 
 def test_a_moment_has_an_offset_and_comes_back_in_utc() -> None:
@@ -1674,9 +1642,8 @@ async def test_nobody_takes_a_right(alice: Client) -> None:
         await alice.expect(403, "PATCH /users/me", **change)
         await root.expect(403, f"PATCH {root.url}", **change)
         await alice.expect(422, "POST /users", **person(**change))
-        await root.expect(200, f"PATCH {bob.url}", **change)
-        stored = f"SELECT {name} FROM users WHERE id = {bob.user['id']}"
-        assert await root.sql(stored) == [(change[name],)]
+        changed = await root.expect(200, f"PATCH {bob.url}", **change)
+        assert changed.items() >= change.items()
     for right, status in ((True, 200), (False, 404)):
         await root.expect(200, f"PATCH {alice.url}", is_superuser=right)
         await alice.expect(status, f"GET {bob.url}")
