@@ -27,7 +27,15 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import pairwise
@@ -1672,7 +1680,7 @@ def stopped_start(log: Log, problem: str) -> Iterator[None]:
 
 
 def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> None:
-    for setting, problem in (
+    settings = [
         ("SECRET_KEY=", KEY_NEEDED),
         ("SECRET_KEY=s3cr3ts3cr3ts3cr3ts3cr3t", KEY_NEEDED),
         ("DATABASE_URL=mysql://u:s3cr3t@h/d", "DATABASE_URL must look like"),
@@ -1683,11 +1691,10 @@ def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> N
         ("API_V1_PREFIX=s3cr3t/", "API_V1_PREFIX: String should match"),
         ("FIRST_SUPERUSER_PASSWORD=s3cr3t", "FIRST_SUPERUSER_PASSWORD: "),
         ("FIRST_SUPERUSER_EMAIL=s3cr3t", "FIRST_SUPERUSER_EMAIL: "),
-        *(
-            (f"CORS_ORIGINS=https://a.example, {origin}", "CORS_ORIGINS: ")
-            for origin in NO_ORIGINS.split()
-        ),
-    ):
+    ]
+    for origin in NO_ORIGINS.split():
+        settings.append((f"CORS_ORIGINS=https://a.example, {origin}", "CORS_ORIGINS: "))
+    for setting, problem in settings:
         name, _, value = setting.partition("=")
         with stopped_start(log, problem):
             load_app(**{"url": "sqlite://", name: value})
@@ -1698,29 +1705,29 @@ def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> N
     with stopped_start(log, f"{HERE / '.env'} is not UTF-8"):
         load_app(dotenv=dotenv)
     dotenv.write_text("APP_NAME=Über\nBCRYPT_ROUNDS=9\nUNKNOWN=x")  # overridden
-    settings = load_app(dotenv=dotenv).settings
-    assert (settings.app_name, settings.bcrypt_rounds) == ("Über", 4)
+    loaded = load_app(dotenv=dotenv).settings
+    assert (loaded.app_name, loaded.bcrypt_rounds) == ("Über", 4)
     with pytest.raises(ValueError, match="bcrypt_rounds") as error:
-        type(settings)(bcrypt_rounds="s3cr3t")
+        type(loaded)(bcrypt_rounds="s3cr3t")
     assert "s3cr3t" not in str(error.value)  # nor in a log of the error itself
 
 
 def test_the_development_key_is_for_fastapi_dev(log: Log) -> None:
-    dev, development = "fastapi dev app.py", "development"
-    app = load_app(SECRET_KEY=None, FASTAPI_ENV=development, command=dev)
+    start = {"FASTAPI_ENV": "development", "command": "fastapi dev app.py"}
+    app = load_app(SECRET_KEY=None, **start)
     assert "development key" in log.text
-    run, uvicorn = "fastapi run app.py", "uvicorn app:app"
-    for environment, started in (
-        *((development, run), (development, uvicorn)),
-        *(("production", dev), (None, dev), (None, uvicorn)),
+    log.clear()
+    load_app(**start)  # with a key of its own
+    assert not log.text
+    for other in (
+        {"command": "fastapi run app.py"},
+        {"command": "uvicorn app:app"},
+        {"FASTAPI_ENV": "production"},
+        {"FASTAPI_ENV": None},
     ):
-        start: dict[str, Any] = {"FASTAPI_ENV": environment, "command": started}
         for key in (None, app.DEVELOPMENT_KEY):
             with stopped_start(log, KEY_NEEDED):
-                load_app(SECRET_KEY=key, **start)
-    log.clear()
-    load_app(FASTAPI_ENV=development, command=dev)  # with a key of its own
-    assert not log.text
+                load_app(SECRET_KEY=key, **start | other)
 
 
 async def test_a_database_out_of_reach_stops_the_start(log: Log) -> None:
@@ -1767,13 +1774,10 @@ def test_a_file_is_beside_the_app(tmp_path: Path) -> None:
 async def test_the_first_superuser_is_made_once(url: str, log: Log) -> None:
     async with running(load_app(url, **NOBODY)) as client:
         assert await client.sql("SELECT 1 FROM users") == []
-    apps = [load_app(url) for _ in range(3)]  # several workers
-    await together(app.create_first_superuser() for app in apps)
-    assert log.text.count("The first superuser was made") == 1
-    for app in apps[1:]:
-        await app.engine.dispose()
-        await app.autocommit.dispose()
-    async with running(apps[0]) as client:
+    async with AsyncExitStack() as stack:  # several workers
+        apps = [load_app(url, MIGRATE_ON_STARTUP="false") for _ in range(3)]
+        starts = [stack.enter_async_context(running(app)) for app in apps]
+        client, *_ = await together(starts)
         root, user = await client.log_in(), await client.new_user()
         change = {"email": new_email(), "current_password": PASSWORD}
         moved = await root.expect(200, "PATCH /users/me", **change)
@@ -1833,18 +1837,16 @@ async def test_no_secret_is_logged_at_any_level(url: str, debug: str, log: Log) 
 
 # --- PostgreSQL's URLs
 
+NOT_VALID, UNTRUSTED = "DATABASE_URL is not valid", "certificate verify failed"
 
-def certify(folder: Path) -> Path:
+
+def certify(path: Path) -> Path:
     """Make a key and a certificate of this host, signed by itself."""
-    folder.mkdir()
-    made = folder / "tls.pem"
-    command = (
-        "openssl req -x509 -nodes -newkey rsa:2048 -subj /CN=test -keyout - -out -"
-    )
-    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
-    names += ["-addext", "keyUsage=digitalSignature,keyCertSign"]
-    made.write_bytes(subprocess.check_output([*command.split(), *names]))
-    return made
+    make = "openssl req -x509 -nodes -newkey rsa:2048 -subj /CN=test -keyout - -out -"
+    make += " -addext subjectAltName=IP:127.0.0.1"
+    make += " -addext keyUsage=digitalSignature,keyCertSign"
+    path.write_bytes(subprocess.check_output(make.split()))
+    return path
 
 
 @asynccontextmanager
@@ -1859,17 +1861,17 @@ async def behind_tls(path: str, pem: Path) -> AsyncIterator[int]:
                 writer.write(data)
         writer.close()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if await reader.readexactly(8) == bytes.fromhex("00000008 04d2162f"):
             writer.write(b"S")
-            with suppress(OSError):
+            with suppress(OSError):  # the client trusts no such certificate
                 await writer.start_tls(context)
                 inner_reader, inner_writer = await asyncio.open_unix_connection(path)
                 back = copy(inner_reader, writer)
                 await asyncio.gather(copy(reader, inner_writer), back)
         writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
         yield server.sockets[0].getsockname()[1]
 
 
@@ -1877,65 +1879,60 @@ async def test_a_url_works_as_other_clients_read_it(
     new_url: NewUrl, tmp_path: Path, patch: Patch, log: Log
 ) -> None:
     [(db, at)] = re.findall(r"/(\w+)\?host=(.*)", new_url("pg"))
-    pem, other = certify(tmp_path / "a"), certify(tmp_path / "b")
+    path, pem = f"{at}/.s.PGSQL.5432", certify(tmp_path / "a.pem")
+    other = certify(tmp_path / "b.pem")
     patch.setenv("SSL_CERT_FILE", str(pem))  # the system's certificates
-    async with behind_tls(f"{at}/.s.PGSQL.5432", pem) as port:
+    limits = {"DATABASE_TIMEOUT": "3", "DATABASE_STARTUP_TIMEOUT": "0"}
+    async with (
+        behind_tls(path, pem) as port,
+        behind_tls(path, other) as strange,
+        AsyncExitStack() as stack,
+    ):
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        mute = silent.getsockname()[1]
         u, quoted = "postgresql://postgres", at.replace("/", "%2F")
         tls = f"{u}:s3cr3t@127.0.0.1:{port}/{db}"
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            mute = silent.getsockname()[1]
-            for url in (
-                # Hosts and ports
-                f"postgresql+asyncpg://postgres@/{db}?host={at}",
-                f"{u}:a@/:[#%25@{quoted}:5432/{db}",
-                f"{u}@/?dbname={db}&host={at}",
-                f"{u}@localhost:1/{db}?host={at}&port=5432",
-                f"{u}@127.0.0.1:{mute},{quoted}/{db}",
-                f"{u}@/{db}?host=127.0.0.1,{at}&port={mute},5432",
-                f"{u}@/{db}?host={at}&host=127.0.0.1:{mute}",
-                f"{u}@[::1]:1,127.0.0.1/{db}?port={port}&sslmode=require",
-                # TLS
-                f"{tls}?sslmode=require&channel_binding=require&connect_timeout=9",
-                f"{tls}?ssl=true&pgbouncer=true&gssencmode=disable",
-                f"{tls}?ssl=require&options=-csearch_path=public&application_name=x",
-                f"{tls}?sslmode=no-verify&target_session_attrs=read-write",
-                f"{tls}?sslmode=verify-full&sslrootcert={pem}",
-                f"{tls}?sslmode=verify-full&sslrootcert=system",
-                f"{tls}?sslrootcert=system",
-            ):
-                app = load_app(url, DATABASE_TIMEOUT="3")
-                for _ in range(2):  # the second begins with the host that worked
-                    start = app.autocommit.connect()
-                    async with asyncio.timeout(3), start as connection:
-                        name = text("SELECT current_database()")
-                        assert await connection.scalar(name) == db, url
-                    await app.autocommit.dispose()
-                assert str(mute) not in app.hosts[0]["dsn"], url
-        for certificates, tail, problem in (
-            (pem, "#?sslmode=require", f'database "{db}#" does not exist'),
-            (pem, "?sslmode=disable", "connection was closed"),
-            (pem, "?sslmode=s3cr3t", "`sslmode` parameter must be one of"),
-            (pem, "?sslmode", NOT_VALID),
-            (pem, f"?sslmode=verify-full&sslrootcert={other}", UNTRUSTED),
-            (other, "?sslrootcert=system", UNTRUSTED),
-            (pem, f"?sslrootcert=system&sslcrl={pem}", "cannot do: sslcrl"),
-            (pem, "?sslmode=verify-full&sslrootcert=s3cr3t", "sslrootcert is not the"),
-            (pem, "?require_auth=scram-sha-256", "cannot do: require_auth"),
-            (pem, "?gssencmode=require", "cannot do: gssencmode"),
-            (pem, "?ssl=true&no_such_word=s3cr3t", 'parameter "no_such_word"'),
-            (pem, "?password=a?b@s3cr3t", NOT_VALID),
-            (pem, "?host=::1&port=5432", NOT_VALID),
-            (pem, "?host=a,b&port=1,2,3", NOT_VALID),
-            (pem, "?port=99999", NOT_VALID),
+        stranger = f"{u}:s3cr3t@127.0.0.1:{strange}/{db}"
+        for url, problem in (
+            # Hosts and ports
+            (f"postgresql+asyncpg://postgres@/{db}?host={at}", ""),
+            (f"{u}:a@/:[#%25@{quoted}:5432/{db}", ""),
+            (f"{u}@/?dbname={db}&host={at}", ""),
+            (f"{u}@localhost:1/{db}?host={at}&port=5432", ""),
+            (f"{u}@127.0.0.1:{mute},{quoted}/{db}", ""),
+            (f"{u}@/{db}?host=127.0.0.1,{at}&port={mute},5432", ""),
+            (f"{u}@/{db}?host={at}&host=127.0.0.1:{mute}", ""),
+            (f"{u}@[::1]:1,127.0.0.1/{db}?port={port}&sslmode=require", ""),
+            (f"{tls}?password=a?b@s3cr3t", NOT_VALID),
+            (f"{tls}?host=::1&port=5432", NOT_VALID),
+            (f"{tls}?host=a,b&port=1,2,3", NOT_VALID),
+            (f"{tls}?port=99999", NOT_VALID),
+            # TLS
+            (f"{tls}?sslmode=require&channel_binding=require&connect_timeout=9", ""),
+            (f"{tls}?ssl=true&pgbouncer=true&gssencmode=disable", ""),
+            (f"{tls}?ssl=require&options=-csearch_path=public&application_name=x", ""),
+            (f"{tls}?sslmode=no-verify&target_session_attrs=read-write", ""),
+            (f"{tls}?sslmode=verify-full&sslrootcert={pem}", ""),
+            (f"{tls}?sslmode=verify-full&sslrootcert=system", ""),
+            (f"{tls}?sslrootcert=system", ""),
+            (f"{stranger}?sslmode=verify-full&sslrootcert={pem}", UNTRUSTED),
+            (f"{stranger}?sslrootcert=system", UNTRUSTED),
+            (f"{tls}#?sslmode=require", f'database "{db}#" does not exist'),
+            (f"{tls}?sslmode=disable", "connection was closed"),
+            (f"{tls}?sslmode=s3cr3t", "`sslmode` parameter must be one of"),
+            (f"{tls}?sslmode", NOT_VALID),
+            (f"{tls}?sslrootcert=system&sslcrl={pem}", "cannot do: sslcrl"),
+            (f"{tls}?sslmode=verify-full&sslrootcert=s3cr3t", "sslrootcert is not the"),
+            (f"{tls}?require_auth=scram-sha-256", "cannot do: require_auth"),
+            (f"{tls}?gssencmode=require", "cannot do: gssencmode"),
+            (f"{tls}?ssl=true&no_such_word=s3cr3t", 'parameter "no_such_word"'),
         ):
-            patch.setenv("SSL_CERT_FILE", str(certificates))
-            with stopped_start(log, problem):
-                app = load_app(f"{tls}{tail}", DATABASE_STARTUP_TIMEOUT="0")
-                async with running(app):
-                    pass
-
-
-NOT_VALID, UNTRUSTED = "DATABASE_URL is not valid", "certificate verify failed"
+            with stopped_start(log, problem) if problem else nullcontext():
+                async with running(load_app(url, **NOBODY | limits)) as client:
+                    name = await client.sql("SELECT current_database()")
+                    assert name == [(db,)], url
+                    # The next connection begins with the host that worked.
+                    assert str(mute) not in client.app.hosts[0]["dsn"], url
 
 
 # --- What is written down: the API's documents, the README, the settings
