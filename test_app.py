@@ -2433,7 +2433,7 @@ async def test_rows_survive_each_migration(
         [code] = project.generated()
         assert 'drop_table("theirs")' in code
         for client in clients:
-            for status in ("gone", "a draft"):
+            for status in ("gone", "draft"):
                 await client.sql(f"UPDATE users SET status = '{status}'")
         assert "exit" not in await project.run(*((u, "downgrade base") for u in urls))
 
