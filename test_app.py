@@ -1617,11 +1617,13 @@ def test_a_table_is_completed_as_it_is_defined() -> None:
         kind: Kind | None
         nick: Annotated[models.Text, Field(max_length=5)] | None
         tags: list[str] = Field(max_length=5, sa_type=sa.JSON)  # of a list: no CHECK
-        new: str = Field(max_length=5, sa_column_kwargs={"name": "spelled"})
+        new: str = Field(min_length=2, sa_column_kwargs={"name": "spelled"})
+        stars: int = Field(ge=1, le=5)
 
     dialect = sa.make_url("sqlite://").get_dialect()()
     ddl = str(CreateTable(Base.metadata.tables["follow"]).compile(dialect=dialect))
-    checks = ["kind IN ('good')", "length(nick) <= 5", "length(spelled) <= 5"]
+    checks = ["kind IN ('good')", "length(nick) <= 5", "length(spelled) >= 2"]
+    checks += ["stars >= 1", "stars <= 5"]
     assert re.findall(r"CHECK \((.+)\)", ddl) == checks
     assert "AUTOINCREMENT" not in ddl
 
@@ -2227,13 +2229,10 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.versions = copy_app(folder), folder / "migrations/versions"
-        self.known = set(self.versions.iterdir())
 
-    def generated(self) -> list[str]:
-        """Return the code of each migration that is new since the last call."""
-        new = {*self.versions.glob("*.py")} - self.known
-        self.known |= new
-        return [path.read_text() for path in new]
+    def generated(self, message: str) -> list[str]:
+        """Return the code of the migrations that were generated with a message."""
+        return [path.read_text() for path in self.versions.glob(f"*_{message}.py")]
 
     def change(self, changes: dict[str, str]) -> None:
         path = self.folder / "models.py"
@@ -2282,9 +2281,9 @@ async def test_migrations_make_what_models_say(url: str) -> None:
     """And a start leaves logging alone."""
 
     def logging_() -> list[Any]:
-        names = ["", "alembic", "app", "uvicorn.error", "alembic.runtime.migration"]
-        loggers = [logging.getLogger(name) for name in names]
-        return [(log.level, log.disabled, list(log.handlers)) for log in loggers]
+        names = "", "alembic", "app", "uvicorn.error", "alembic.runtime.migration"
+        logs = map(logging.getLogger, names)
+        return [(log.level, log.disabled, [*log.handlers]) for log in logs]
 
     before = logging_()
     async with running(load_app(url, **BARE)) as client:
@@ -2398,7 +2397,7 @@ async def test_rows_survive_each_migration(
         assert said.count(f"1 {VALUES_READ}2 {VALUES_READ}") == 2, said
         for sign in ("exit", "E501", "ruff"):
             assert sign not in said
-        [code] = project.generated()
+        [code] = project.generated("new")
         assert "theirs" not in code  # is no model's, but not ours to drop
         for client in clients:
             rows = await client.sql("SELECT title, owner_id FROM items")
@@ -2417,7 +2416,7 @@ async def test_rows_survive_each_migration(
         said = await project.run(new[1], drop, *steps)
         assert said.count("exit") == 1, said
         assert re.search(r"users\.(count|stars) would be dropped with its values", said)
-        [code] = project.generated()
+        [code] = project.generated("drop")
         assert 'drop_table("theirs")' in code
         for client in clients:
             for status in ("gone", "draft"):
@@ -2446,18 +2445,18 @@ async def test_the_command_line(new_url: NewUrl, project: Project) -> None:
     base, nick = "class UserBase(SQLModel):\n", "    nick: str\n"
     project.change({base: base + nick})
     up = [(url, "upgrade head") for url in urls]
-    new = [(url, "revision --autogenerate") for url in urls]
+    new = [(url, "revision --autogenerate -m nick") for url in urls]
     said = await project.run(*up, *new)
     project.change({nick: "    nick: datetime = Field(default_factory=utc_now)\n"})
     said += await project.run(*new)
     assert said.count("FAILED: users.nick: the rows that are there need a value") == 4
-    assert not project.generated()
+    assert not project.generated("nick")
     # Two of one minute and one message, and what merges them
-    twin, merge = "revision -m same --head 0002 --splice", "merge heads -m merge"
+    twin, merge = "revision -m same --head 0002 --splice", "merge heads -m merged"
     await project.run(*((urls[0], line) for line in (twin, twin, merge)))
-    codes = project.generated()
-    assert len(codes) == 3
-    assert any("down_revision: str | Sequence[str] | None = (" in c for c in codes)
+    assert len(project.generated("same")) == 2
+    [code] = project.generated("merged")
+    assert "down_revision: str | Sequence[str] | None = (" in code
 
 
 BAD = {  # what fails, and what the database says
