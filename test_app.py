@@ -1500,17 +1500,15 @@ async def test_what_is_anothers_is_as_what_never_was(alice: Client) -> None:
 
 
 async def test_what_a_path_does_not_offer_is_told_in_json(alice: Client) -> None:
-    walk, offered = await Walk(alice).make_things(), dict[str, set[str]]()
-    for operation in walk.operations:
-        method, path = operation["call"].split()[0], walk.build(operation).url.path
-        offered.setdefault(path, set()).add(method)
-    for path, methods in offered.items():
-        answer = await alice.request("QUERY", f"{alice.host}{path}")
+    for path, operations in alice.app.app.openapi()["paths"].items():
+        url = alice.host + re.sub(r"{\w+}", "1", path)
+        allowed = {method.upper() for method in operations}
+        allowed |= {"HEAD"} if "GET" in allowed else set()
+        answer = await alice.request("QUERY", url)
         assert answer.status_code == 405
         assert answer.json()["detail"] == "Method Not Allowed"
-        allowed = methods | ({"HEAD"} if "GET" in methods else set())
         assert answer.headers["Allow"] == ", ".join(sorted(allowed))
-        await alice.expect(404, f"GET {alice.host}{path}/")  # no redirect
+        await alice.expect(404, f"GET {url}/")  # no redirect
     await alice.expect(404, "GET /nothing")
 
 
