@@ -549,22 +549,23 @@ async def test_a_condition_more_opens_rows_to_the_public(alice: Client) -> None:
     app, root, bob = alice.app, await alice.log_in(), await alice.new_user()
     ended = await alice.log_in(alice.user["email"])
     await ended.revoke()
-    mine, his = await alice.new_item(), await bob.new_item()
-    public = await bob.new_item(title=(title := secrets.token_hex(8)))
-    ids = {item["id"] for item in (mine, his, public)}
-    condition = (col(Item.title) == title) | app.visible(Item.owner_id)
-    query = select(Item.id).where(condition, col(Item.id).in_(ids)).order_by("id")
+    mine, his, public = [(await c.new_item())["id"] for c in (alice, bob, bob)]
+    condition = (col(Item.id) == public) | app.visible(Item.owner_id)
+    query = select(Item.id).where(condition, col(Item.id) >= mine).order_by("id")
+
+    def act(anyone: Any) -> Any:
+        return app.fetch(query, anyone)
+
     for client, seen in (
         (alice.at("10.0.0.1"), [public]),
         (alice, [mine, public]),
         (bob, [his, public]),
         (root, [mine, his, public]),
     ):
-        answer = await ask(client, lambda anyone: app.fetch(query, anyone))
-        assert answer.json() == [item["id"] for item in seen]
+        assert (await ask(client, act)).json() == seen
     for header in (ended.headers["Authorization"], "Bearer x", "Bearer", "Basic x", ""):
         bob.headers["Authorization"] = header
-        answer = await ask(bob, lambda anyone: app.fetch(query, anyone))
+        answer = await ask(bob, act)
         assert answer.status_code == 401, header
         assert answer.headers["WWW-Authenticate"] == "Bearer"
 
@@ -624,9 +625,9 @@ async def test_a_reader_never_waits_and_stores_nothing(ann: Client, log: Log) ->
 
 
 async def test_a_request_has_one_connection_at_a_time(alice: Client, log: Log) -> None:
-    app, one, who = alice.app, text("SELECT 1"), alice.app.CALLER
+    app, one = alice.app, text("SELECT 1 AS id")
     for act in (
-        lambda session, token: (app.load(session, who, token), app.fetch(who, token)),
+        lambda session: (session.exec(one), app.fetch(one, None)),
         lambda session, reader: (session.exec(one), reader.exec(one)),
         lambda session, reader: (reader.exec(one), session.exec(one)),
     ):
@@ -634,12 +635,9 @@ async def test_a_request_has_one_connection_at_a_time(alice: Client, log: Log) -
         assert "This request has a connection" in log.text
         log.clear()
         await alice.new_item()
+    before, after = [app.fetch(one, None) for _ in range(2)]
     answer = await ask(
-        alice,
-        lambda session, token: (
-            *(app.fetch(who, token), app.load(session, who, token)),
-            *(session.commit(), app.fetch(who, token)),
-        ),
+        alice, lambda session: (before, session.exec(one), session.commit(), after)
     )
     assert answer.status_code == 200
 
@@ -654,22 +652,21 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
     name, unfit = "uq_items", "It has a text or a number that cannot be stored"
     index = sa.Index(name, table.c.title, table.c.owner_id, unique=True)
     await alice.sql(f"CREATE UNIQUE INDEX {name} ON items (title, owner_id)")
-    for client, value, detail in (
-        (alice, {"title": "t", "id": 5_000_000}, None),
-        (alice, {"title": "t"}, "Title and owner id already registered"),
-        (alice, {"title": "u", "id": 5_000_000}, "Id already registered"),
-        (alice, {"title": "u", "owner_id": 9_999_999}, "It refers to what is not "),
-        (bob, {"title": "u"}, "Log in"),  # the caller's own row is what is missing
-        (alice, {"title": ""}, "It breaks a rule of the database"),
-        (alice, {"title": "\ud800"}, unfit),
-        (alice, {"title": "u", "owner_id": 2**70}, unfit),
-        (alice, {"title": "u\0"}, None if alice.on_sqlite else unfit),
+    for client, status, value, detail in (
+        (alice, 200, {"title": "t", "id": 5_000_000}, "None"),
+        (alice, 400, {"title": "t"}, "Title and owner id already registered"),
+        (alice, 400, {"title": "u", "id": 5_000_000}, "Id already registered"),
+        (alice, 400, {"title": "u", "owner_id": 9_999_999}, "It refers to what is not"),
+        (bob, 401, {"title": "u"}, "Log in"),  # the caller's own row is missing
+        (alice, 400, {"title": ""}, "It breaks a rule of the database"),
+        (alice, 400, {"title": "\ud800"}, unfit),
+        (alice, 400, {"title": "u", "owner_id": 2**70}, unfit),
+        (alice, 200 if alice.on_sqlite else 400, {"title": "u\0"}, ""),
     ):
         answer = await ask(client, store, **value)
-        expected = 401 if client is bob else 400 if detail else 200
-        assert answer.status_code == expected, (value, answer.text)
-        assert not detail or answer.json()["detail"].startswith(detail)
+        assert (answer.status_code, detail in answer.text) == (status, True), value
     table.indexes.discard(index)
+    await alice.sql(f"DROP INDEX {name}")
     local = select(Item).where(Item.created_at == datetime(2026, 1, 1))  # no offset
     answer = await ask(alice, lambda session: session.exec(local))
     assert (answer.status_code, answer.json()["detail"]) == (400, unfit)
@@ -680,7 +677,6 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
         item.title = "x"
 
     assert (await ask(alice, change_what_is_gone)).status_code == 404
-    await alice.sql(f"DROP INDEX {name}")
     await alice.sql("DELETE FROM items")
 
 
@@ -690,10 +686,6 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
 async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     form = {"grant_type": "password", "username": alice.user["email"]}
     form |= {"password": PASSWORD, "scope": "all", "client_id": "x"}  # some are ignored
-
-    def changed(change: str) -> dict[str, Any]:
-        return {"data": form | dict([change.split("=")])}
-
     answer = await alice.post("/auth/token", data=form)
     assert answer.headers["Cache-Control"] == "no-store"
     tokens = answer.json()
@@ -701,18 +693,20 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     claims = read_claims(tokens["access_token"])
     assert claims["sub"] == str(alice.user["id"])
     assert claims["exp"] - claims["iat"] == 1800
-    wrong = ["password=wrong", f"password={PASSWORD}x", f"username={'x' * 1000}"]
-    wrong += ["username=nobody@example.com", "username=no email"]
+    wrong = ["password=wrong", f"username={'x' * 1000}", "username=nobody@example.com"]
     broken = ["grant_type=", "grant_type=refresh_token", "password=", "username=x\0"]
     broken += [f"username={'x' * 1001}", f"password={'x' * 1001}"]
-    bodies: list[dict[str, Any]] = [{}, {"json": form}, {"content": b"\xff"}]
-    bodies += [{"files": {"username": b"x"}}, *map(changed, broken)]
-    bodies += [{"content": b"garbage", "headers": MULTIPART}]
-    for error, body in (
-        ("unsupported_grant_type", changed("grant_type=client_credentials")),
-        *(("invalid_grant", changed(change)) for change in wrong),
-        *(("invalid_request", body) for body in bodies),
-    ):
+    errors = {"grant_type=client_credentials": "unsupported_grant_type"}
+    errors |= dict.fromkeys(wrong, "invalid_grant")
+    errors |= dict.fromkeys(broken, "invalid_request")
+    requests: list[Any] = [
+        ({"data": form | dict([change.split("=")])}, error)
+        for change, error in errors.items()
+    ]
+    for body in ({}, {"json": form}, {"content": b"\xff"}, {"files": {"x": b"x"}}):
+        requests.append((body, "invalid_request"))
+    garbage = {"content": b"garbage", "headers": MULTIPART}
+    for body, error in (*requests, (garbage, "invalid_request")):
         answer = await alice.post("/auth/token", **body)
         assert (answer.status_code, answer.json()["error"]) == (400, error), body
         assert answer.json()["detail"] == answer.json()["error_description"]
@@ -791,16 +785,14 @@ async def test_a_new_password_ends_every_login_but_its_own(alice: Client) -> Non
 
 async def test_deactivation_ends_logins_for_good(alice: Client) -> None:
     root, email = await alice.log_in(), alice.user["email"]
-    other = await alice.log_in(email)
     await root.expect(200, f"PATCH {alice.url}", is_active=False)
-    assert await alice.has_ended()
-    assert (await alice.sign_in(email)).json()["error"] == "invalid_grant"
+    answers = [await alice.sign_in(email) for _ in range(11)]  # all are wrong guesses
+    assert codes(answers) == [400] * 10 + [429]
+    assert answers[0].json() == (await alice.sign_in(new_email())).json()
     await root.expect(200, f"PATCH {alice.url}", is_active=True)
-    assert await other.has_ended()
-    alice = await alice.log_in(email)
-    # Even if a login were left
-    await alice.sql(f"UPDATE users SET is_active = false WHERE email = '{email}'")
-    await alice.expect(401, "POST /items", title="x")
+    assert await alice.has_ended()
+    alice = await alice.at("10.2.2.2").log_in(email)
+    await alice.alter("is_active = false")  # even if a login were left
     assert await alice.has_ended()
 
 
@@ -889,14 +881,6 @@ async def test_current_passwords_are_counted_by_login(alice: Client) -> None:
     await alice.expect(429, "PATCH /users/me", **change)
     await owner.expect(200, "PATCH /users/me", **change)
     assert await alice.has_ended()
-
-
-async def test_a_right_password_of_an_inactive_user_is_wrong(alice: Client) -> None:
-    root = await alice.log_in()
-    await root.expect(200, f"PATCH {alice.url}", is_active=False)
-    answers = [await alice.sign_in(alice.user["email"]) for _ in range(11)]
-    assert codes(answers) == [400] * 10 + [429]
-    assert answers[0].json() == (await alice.sign_in(new_email())).json()
 
 
 async def test_a_burst_has_no_more_guesses(alice: Client, patch: Patch) -> None:
