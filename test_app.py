@@ -30,6 +30,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
@@ -312,11 +313,9 @@ def after_reading(patch: Patch, client: Client, act: Callable[[], Any]) -> None:
 
 async def fill(client: Client, count: int) -> None:
     """Store many items of a client's."""
-    await client.sql(
-        f"WITH RECURSIVE n (n) AS (SELECT {count} UNION SELECT n - 1 FROM n WHERE n > 1"
-        ") INSERT INTO items (title, owner_id, created_at, updated_at) SELECT 'x', id, "
-        f"created_at, created_at FROM n, users WHERE id = {client.user['id']}"
-    )
+    async with client.app.engine.begin() as connection:
+        item = {"title": "x", "owner_id": client.user["id"]}
+        await connection.execute(sa.insert(Item), [item] * count)
 
 
 def give_cores(patch: Patch, app: Any, number: int) -> None:
@@ -329,20 +328,19 @@ async def ask(client: Client, act: Any, query: str = "", **body: Any) -> httpx.R
 
     The names of its parameters say which of the app's types they have.
     """
-    app, name = client.app, inspect.Parameter.KEYWORD_ONLY
+    app = client.app
     types = {"session": app.SessionDep, "reader": app.ReaderDep, "token": app.TokenDep}
     types |= {"anyone": app.OptionalTokenDep, "page": Annotated[AnyPage, Query()]}
     types |= {"request": Request, "response": Response, "code": str, "value": JsonBody}
+    act.__annotations__ = types
 
+    @wraps(act)
     async def route(**values: Any) -> Any:
         answer = act(**values)
         for step in answer if isinstance(answer, tuple) else (answer,):
             answer = await step if inspect.isawaitable(step) else step
         return [row.id for row in answer] if isinstance(answer, list) else repr(answer)
 
-    names = inspect.signature(act).parameters
-    parameters = [inspect.Parameter(n, name, annotation=types[n]) for n in names]
-    vars(route).update(__signature__=inspect.Signature(parameters))
     app.app.add_api_route("/new", route, methods=["POST"], include_in_schema=False)
     try:
         content, url = json.dumps(body), f"{client.host}/new{query}"
@@ -1093,31 +1091,34 @@ async def test_an_outage_is_told_from_a_mistake(ann: Client, log: Log) -> None:
                 assert PASSWORD not in log.text
 
 
-async def test_a_request_waits_for_a_connection_only_so_long(new_url: NewUrl) -> None:
+@pytest.fixture
+async def pat(new_url: NewUrl) -> AsyncIterator[Client]:
+    """A user of an app that has one connection to PostgreSQL, and little patience."""
     limits = {"DATABASE_POOL_SIZE": "1", "DATABASE_TIMEOUT": "0.2"}
     async with running(load_app(new_url("pg"), **limits)) as client:
-        ready, health = f"{client.host}/ready", f"GET {client.host}/health"
-        async with client.app.engine.connect():
-            answer = await apart(client.get(ready))
-            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-            assert await client.expect(200, health) == {"status": "healthy"}
-        assert await client.expect(200, f"GET {ready}") == {"status": "ready"}
-        with pytest.raises(TimeoutError):  # a statement that takes long
-            await client.sql("SELECT pg_sleep(5)")
-        await client.expect(200, f"GET {ready}")
+        yield await client.new_user()
 
 
-async def test_tables_may_change_under_a_running_app(new_url: NewUrl, log: Log) -> None:
-    async with running(load_app(new_url("pg"), DATABASE_POOL_SIZE="1")) as client:
-        me = await client.new_user()
-        url = f"/items/{(await me.new_item())['id']}"
-        for call in (f"GET {url}", "GET /items", f"PATCH {url}"):
-            await me.expect(200, call)
-            length = 300 + len(call)
-            await me.sql(f"ALTER TABLE items ALTER title TYPE varchar({length})")
-            answers = [await me.request(*call.split(), json={}) for _ in range(3)]
-            assert [answer.status_code for answer in answers] == [503, 200, 200], call
-            assert "cached statement plan is invalid" in log.messages[-1]
+async def test_a_request_waits_for_a_connection_only_so_long(pat: Client) -> None:
+    ready, health = f"{pat.host}/ready", f"GET {pat.host}/health"
+    async with pat.app.engine.connect():
+        answer = await apart(pat.get(ready))
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert await pat.expect(200, health) == {"status": "healthy"}
+    assert await pat.expect(200, f"GET {ready}") == {"status": "ready"}
+    with pytest.raises(TimeoutError):  # a statement that takes long
+        await pat.sql("SELECT pg_sleep(5)")
+    await pat.expect(200, f"GET {ready}")
+
+
+async def test_tables_may_change_under_a_running_app(pat: Client, log: Log) -> None:
+    url = f"/items/{(await pat.new_item())['id']}"
+    for call in (f"GET {url}", "GET /items", f"PATCH {url}"):
+        await pat.expect(200, call)
+        await pat.sql(f"ALTER TABLE items ALTER title TYPE varchar({300 + len(call)})")
+        answers = [await pat.request(*call.split(), json={}) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [503, 200, 200], call
+        assert "cached statement plan is invalid" in log.messages[-1]
 
 
 async def test_no_login_waits_for_another_ones_cleaning(new_url: NewUrl) -> None:
@@ -1133,24 +1134,21 @@ async def test_no_login_waits_for_another_ones_cleaning(new_url: NewUrl) -> None
             await asyncio.wait_for(apart(client.log_in(me.user["email"])), 20)
 
 
-CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
-CUT += "pg_backend_pid() AND datname = current_database()"
-
-
 async def test_connections_that_died_idle_cost_no_error(new_url: NewUrl) -> None:
-    drivers: list[Any] = []
+    app, drivers = load_app(new_url("pg")), list[Any]()
+    event.listen(app.engine.sync_engine, "connect", lambda c, _: drivers.append(c))
+    others = "pid <> pg_backend_pid() AND datname = current_database()"
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
 
-    def collect(connection: Any, _: object) -> None:
-        drivers.append(connection.driver_connection)
+    def is_one_left() -> bool:
+        return sum(not d.driver_connection.is_closed() for d in drivers) == 1
 
-    app = load_app(new_url("pg"))
-    event.listen(app.engine.sync_engine, "connect", collect)
     async with running(app) as client:
         for _ in range(3):
             ready = (client.get(f"{client.host}/ready") for _ in range(10))
             assert codes(await together(ready)) == 10 * [200]
-            await client.sql(CUT)  # all but its own
-            await until(lambda: sum(not driver.is_closed() for driver in drivers) == 1)
+            await client.sql(cut)
+            await until(is_one_left)
 
 
 # --- Every route, by the API's document; what is meant to be otherwise is named here
