@@ -685,21 +685,20 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     wrong = ["password=wrong", f"username={'x' * 1000}", "username=nobody@example.com"]
     broken = ["grant_type=", "grant_type=refresh_token", "password=", "username=x\0"]
     broken += [f"username={'x' * 1001}", f"password={'x' * 1001}"]
-    errors = {"grant_type=client_credentials": "unsupported_grant_type"}
-    errors |= dict.fromkeys(wrong, "invalid_grant")
-    errors |= dict.fromkeys(broken, "invalid_request")
-    requests: list[Any] = [
-        ({"data": form | dict([change.split("=")])}, error)
-        for change, error in errors.items()
-    ]
-    for body in ({}, {"json": form}, {"content": b"\xff"}, {"files": {"x": b"x"}}):
-        requests.append((body, "invalid_request"))
-    garbage = {"content": b"garbage", "headers": MULTIPART}
-    for body, error in (*requests, (garbage, "invalid_request")):
-        answer = await alice.post("/auth/token", **body)
-        assert (answer.status_code, answer.json()["error"]) == (400, error), body
-        assert answer.json()["detail"] == answer.json()["error_description"]
-        assert answer.headers["Cache-Control"] == "no-store"
+    bodies: list[Any] = [{}, {"json": form}, {"content": b"\xff"}]
+    bodies += [{"files": {"x": b"x"}}, {"content": b"garbage", "headers": MULTIPART}]
+    for error, requests in (
+        ("unsupported_grant_type", ["grant_type=client_credentials"]),
+        ("invalid_grant", wrong),
+        ("invalid_request", [*broken, *bodies]),
+    ):
+        for body in requests:
+            if isinstance(body, str):  # the form with this change
+                body = {"data": form | dict([body.split("=")])}
+            answer = await alice.post("/auth/token", **body)
+            assert (answer.status_code, answer.json()["error"]) == (400, error), body
+            assert answer.json()["detail"] == answer.json()["error_description"]
+            assert answer.headers["Cache-Control"] == "no-store"
 
 
 async def test_nothing_tells_who_is_registered(alice: Client, patch: Patch) -> None:
@@ -717,8 +716,6 @@ async def test_a_refresh_token_shown_twice_ends_the_login(alice: Client) -> None
     answer = await alice.refresh()
     await alice.expect(200, "GET /users/me")  # by the old access token
     alice.use(answer)
-    assert alice.tokens["refresh_token"] != spent
-    await alice.expect(200, "GET /users/me")
     answer = await alice.refresh(spent)
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_grant")
     assert await alice.has_ended()
@@ -737,9 +734,7 @@ async def test_refresh_tokens_expire_and_do_not_pile_up(alice: Client) -> None:
     assert timedelta(days=29) < days <= timedelta(days=30)
     long_ago = "'2020-01-01 00:00:00+00'"
     await alice.sql(f"UPDATE logins SET expires_at = {long_ago} WHERE {mine}")
-    await other.expect(401, "GET /users/me")
-    assert (await alice.refresh()).status_code == 400
-    assert await alice.has_ended()
+    assert await other.has_ended()
     await alice.new_user()
     assert not await alice.sql(f"SELECT 1 FROM logins WHERE {mine}")
 
@@ -755,7 +750,6 @@ async def test_revocation_ends_the_login_behind_any_token(alice: Client) -> None
         for shown in (token, "unknown", "a.b.c", "a.b", "é"):  # all answered alike
             answer = await alice.revoke(shown)
             assert (answer.status_code, answer.content) == (200, b"")
-        await client.expect(401, "PATCH /items/1")
         assert await client.has_ended()
         assert not await alice.has_ended()
     answer = await alice.post("/auth/revoke")
@@ -861,7 +855,6 @@ async def test_current_passwords_are_counted_by_login(alice: Client) -> None:
     change = {"password": "another one", "current_password": "wrong"}
     for status in [403] * 10 + [429]:
         await alice.expect(status, "PATCH /users/me", **change)
-    await alice.at("10.3.3.3").expect(401, "PATCH /users/me", **change)
     # Whoever had stolen that login cannot keep the owner from ending it.
     owner = await alice.log_in(alice.user["email"])
     change["current_password"] = PASSWORD
@@ -1005,8 +998,7 @@ async def test_an_index_serves_each_list_at_any_depth(alice: Client) -> None:
         for first in (False, True)
     ]
     for statement in (app.CALLER, app.USER, app.ITEM, *pages):
-        known = {key: values[key] for key in values if f":{key}" in str(statement)}
-        query = statement.params(**known)
+        query = statement.params(**values)
         query = query.compile(engine, compile_kwargs={"literal_binds": True})
         plan = "\n".join(str(row) for row in await alice.sql(f"{explain} {query}"))
         assert not re.search("Seq Scan on items|TEMP B-TREE", plan), plan
