@@ -829,8 +829,8 @@ async def test_ten_wrong_logins_are_enough(
         assert 0 < int(answer.headers["Retry-After"]) <= 900
     assert log.text.count("Too many wrong passwords") == 2  # once each, no names
     assert mine not in log.text
-    with patch.context() as patch:
-        patch.setattr(alice.app.settings, "max_failed_logins", 0)  # off
+    with patch.context() as inner:
+        inner.setattr(alice.app.settings, "max_failed_logins", 0)  # off
         assert (await alice.sign_in(mine, "wrong")).status_code == 400
     # 15 minutes later
     await alice.sql("UPDATE login_attempts SET created_at = '2020-01-01 00:00:00+00'")
@@ -875,9 +875,9 @@ async def test_a_burst_has_no_more_guesses(alice: Client, patch: Patch) -> None:
         if password == PASSWORD.encode():
             asyncio.run_coroutine_threadsafe(burst("x", 10), loop).result(30)
 
-    with patch.context() as patch:  # all are hashed before one is counted
+    with patch.context() as inner:  # all are hashed before one is counted
         barrier = threading.Barrier(24)
-        before_hashing(patch, "checkpw", lambda *_: barrier.wait(30))
+        before_hashing(inner, "checkpw", lambda *_: barrier.wait(30))
         assert await burst(PASSWORD, 24) == [200] * 24
         assert await burst("x", 24) == [400] * 10 + [429] * 14
     # A right guess that comes behind ten wrong ones is answered like an eleventh.
