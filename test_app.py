@@ -38,8 +38,7 @@ from contextlib import (
 )
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import partial
-from itertools import pairwise
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
@@ -246,13 +245,13 @@ class Client(httpx.AsyncClient):
 
     async def sql(self, statement: str) -> Any:
         """Run a statement past the app and return its rows, if any."""
+        async with self.app.engine.begin() as connection:
+            result = await connection.execute(text(statement))
+            return result.all() if result.returns_rows else None
 
-        async def execute() -> Any:
-            async with self.app.engine.begin() as connection:
-                result = await connection.execute(text(statement))
-                return result.all() if result.returns_rows else None
-
-        return await apart(execute())
+    async def alter(self, change: str) -> None:
+        """Change the user's row past the app, as `is_active = false`."""
+        await self.sql(f"UPDATE users SET {change} WHERE id = {self.user['id']}")
 
 
 @pytest.fixture(scope="session", params=DATABASES)
@@ -296,7 +295,8 @@ async def answer_amid(statement: str, client: Client, call: Any) -> Any:
     async with client.app.engine.begin() as connection:
         await connection.execute(text(statement))
         answer = apart(call)
-        while not (client.on_sqlite or await client.sql(waiting)):  # SQLite: all wait
+        # On SQLite all wait.
+        while not (client.on_sqlite or await apart(client.sql(waiting))):
             assert not answer.done()
     return await answer
 
@@ -307,19 +307,23 @@ def before_hashing(patch: Any, name: str, act: Callable[[bytes, bytes], Any]) ->
     patch.setattr(bcrypt, name, lambda *args: (act(*args), real(*args))[1])
 
 
-def in_loop(call: Callable[[], Any]) -> Callable[[bytes, bytes], Any]:
-    """Return a function for another thread that makes a call here and waits for it."""
-    loop = asyncio.get_running_loop()
-    return lambda *_: asyncio.run_coroutine_threadsafe(call(), loop).result(10)
+def after_reading(patch: Patch, client: Client, act: Callable[[], Any]) -> None:
+    """Let something happen after each lone statement: what was read may be outdated."""
+    real = client.app.fetch
+
+    async def fetch(*args: Any, **values: Any) -> Any:
+        rows = await real(*args, **values)
+        await act()
+        return rows
+
+    patch.setattr(client.app, "fetch", fetch)
 
 
 async def fill(client: Client, count: int) -> None:
     """Store many items of a client's."""
-    await client.sql(
-        f"WITH RECURSIVE n (n) AS (SELECT {count} UNION SELECT n - 1 FROM n WHERE n > 1"
-        ") INSERT INTO items (title, owner_id, created_at, updated_at) SELECT 'x', id, "
-        f"created_at, created_at FROM n, users WHERE id = {client.user['id']}"
-    )
+    async with client.app.engine.begin() as connection:
+        item = {"title": "x", "owner_id": client.user["id"]}
+        await connection.execute(sa.insert(Item), [item] * count)
 
 
 def give_cores(patch: Patch, app: Any, number: int) -> None:
@@ -332,20 +336,19 @@ async def ask(client: Client, act: Any, query: str = "", **body: Any) -> httpx.R
 
     The names of its parameters say which of the app's types they have.
     """
-    app, name = client.app, inspect.Parameter.KEYWORD_ONLY
+    app = client.app
     types = {"session": app.SessionDep, "reader": app.ReaderDep, "token": app.TokenDep}
     types |= {"anyone": app.OptionalTokenDep, "page": Annotated[AnyPage, Query()]}
     types |= {"request": Request, "response": Response, "code": str, "value": JsonBody}
+    act.__annotations__ = types
 
+    @wraps(act)
     async def route(**values: Any) -> Any:
         answer = act(**values)
         for step in answer if isinstance(answer, tuple) else (answer,):
             answer = await step if inspect.isawaitable(step) else step
         return [row.id for row in answer] if isinstance(answer, list) else repr(answer)
 
-    names = inspect.signature(act).parameters
-    parameters = [inspect.Parameter(n, name, annotation=types[n]) for n in names]
-    vars(route).update(__signature__=inspect.Signature(parameters))
     app.app.add_api_route("/new", route, methods=["POST"], include_in_schema=False)
     try:
         content, url = json.dumps(body), f"{client.host}/new{query}"
@@ -369,10 +372,10 @@ async def test_a_user_registers_and_sees_themself_but_no_hash(api: Client) -> No
     body = person(email=new_email().upper(), full_name="Ada")
     user = await api.expect(201, "POST /users", **body)
     fields = "id email full_name is_active is_superuser created_at updated_at"
-    assert set(fields.split()) <= set(user) == set(models.UserPublic.model_fields)
+    assert {*fields.split()} <= set(user) == set(models.UserPublic.model_fields)
     assert not [field for field in user if "password" in field]
-    assert (user["email"], user["full_name"]) == (body["email"].lower(), "Ada")
-    assert (user["is_active"], user["is_superuser"]) == (True, False)
+    known = {"email": body["email"].lower(), "full_name": "Ada"}
+    assert user == user | known | {"is_active": True, "is_superuser": False}
     ada = await api.log_in(body["email"])
     assert ada.user == user == await ada.expect(200, f"GET {ada.url}")
 
@@ -399,26 +402,14 @@ async def test_any_spelling_of_an_email_is_one_user(
     change = {"email": email.upper(), "current_password": PASSWORD}
     assert await alice.expect(400, "PATCH /users/me", **change) == taken
     first, second = f"J\u030c{email}", f"\u01f0{email}"  # look the same
-    user = await alice.expect(201, "POST /users", **person(email=first))
-    await alice.expect(400, "POST /users", **person(email=second))
+    await alice.expect(201, "POST /users", **person(email=first))
     # Phones' keyboards leave a space behind it.
-    for spelling in (first, second, user["email"], f"{second} ", f" {email.upper()}"):
+    for spelling in (first, second, f"{second} ", f" {email.upper()}"):
         await alice.log_in(spelling)
     # To normalize a long one takes minutes: it is refused before.
     patch.setattr(models, "validate_email", None)
     await alice.expect(422, "POST /users", **person(email="x" * 255))
     assert (await alice.sign_in("x" * 255)).json()["error"] == "invalid_grant"
-
-
-async def test_only_what_is_sent_of_a_user_changes(alice: Client) -> None:
-    new = await alice.expect(200, "PATCH /users/me", full_name="Alice")
-    assert new["updated_at"] > alice.user["updated_at"]
-    assert new == alice.user | {"full_name": "Alice", "updated_at": new["updated_at"]}
-    same = {"email": f"{new['email'].upper()} "}  # needs no current password
-    for call, body in (("GET", {}), ("PATCH", {}), ("PATCH", same)):
-        assert await alice.expect(200, f"{call} /users/me", **body) == new
-    cleared = await alice.expect(200, "PATCH /users/me", full_name=None)
-    assert cleared["full_name"] is None
 
 
 async def test_ones_email_and_password_need_the_current_one(alice: Client) -> None:
@@ -429,98 +420,48 @@ async def test_ones_email_and_password_need_the_current_one(alice: Client) -> No
         right = {field: value, "current_password": PASSWORD}
         await alice.expect(200, "PATCH /users/me", **right)
         assert not await alice.has_ended()  # the login that made the call
+    await alice.expect(200, "PATCH /users/me", email=f"{new['email'].upper()} ")  # same
     await alice.log_in(**new)
 
 
 async def test_ones_own_email_undoes_no_change(alice: Client, patch: Patch) -> None:
-    new, real = new_email(), alice.app.lock_user
-    change = f"UPDATE users SET email = '{new}' WHERE id = {alice.user['id']}"
-
-    async def lock_user(*args: Any) -> Any:  # just before the row is locked
-        await alice.sql(change)
-        return await real(*args)
-
-    patch.setattr(alice.app, "lock_user", lock_user)
-    old = {"email": alice.user["email"], "full_name": "Ann"}
+    new, old = new_email(), {"email": alice.user["email"], "full_name": "Ann"}
+    after_reading(patch, alice, lambda: alice.alter(f"email = '{new}'"))
     user = await alice.expect(200, "PATCH /users/me", **old)
     assert (user["email"], user["full_name"]) == (new, "Ann")
     await alice.expect(403, "PATCH /users/me", **old)  # now a change like any other
 
 
-async def test_rights_that_end_meanwhile_are_over(alice: Client, patch: Patch) -> None:
-    # Two superusers cannot end each other.
-    root, bob = await alice.log_in(), await alice.new_user()
-    demotion = f"UPDATE users SET is_superuser = false WHERE id = {alice.user['id']}"
-    for method in ("PATCH", "DELETE"):
-        for client in (alice, bob):
-            await root.expect(200, f"PATCH {client.url}", is_superuser=True)
-        attack = alice.expect(404, f"{method} {bob.url}", is_superuser=False)
-        await answer_amid(demotion, alice, attack)
-        await bob.expect(200, f"GET {alice.url}")  # is what he was
-    # A login that ends while a password is hashed changes none.
-    before_hashing(patch, "hashpw", in_loop(root.revoke))
-    change = {"password": "another one", "is_superuser": True}
-    await root.expect(401, f"PATCH {alice.url}", **change)
-    assert (await alice.log_in(alice.user["email"])).user["is_superuser"] is False
-
-
-async def test_a_deleted_user_goes_with_items_and_logins(alice: Client) -> None:
-    root, bob = await alice.log_in(), await alice.new_user()
-    for user, caller, url in ((alice, alice, "/users/me"), (bob, root, bob.url)):
-        item = await user.new_item()
-        await caller.expect(204, f"DELETE {url}")
-        for owner in ("logins WHERE user_id", "items WHERE owner_id"):
-            assert not await user.sql(f"SELECT 1 FROM {owner} = {user.user['id']}")
-        await root.expect(404, f"GET /items/{item['id']}")
-        await user.expect(401, "POST /items", title="x")
-        assert await user.has_ended()
+async def test_a_user_is_deleted_with_all_items_some_at_a_time(
+    alice: Client, patch: Patch
+) -> None:
+    root, left = await alice.log_in(), list[int]()
     for url in ("/users/me", root.url):
         await root.expect(403, f"DELETE {url}")  # a superuser stays
+    await fill(alice, 2500)
+    count = f"SELECT count(*) FROM items WHERE owner_id = {alice.user['id']}"
 
+    async def meanwhile() -> None:
+        [(number,)] = await alice.sql(count)  # as another writer: none has to wait
+        left.append(number)
+        if number == 0:  # who becomes a superuser stays, too
+            await alice.alter("is_superuser = true")
+        else:  # who goes on storing more is deleted all the same
+            await apart(fill(alice, 1))
 
-async def test_many_rows_are_deleted_some_at_a_time(ann: Client) -> None:
-    app = ann.app
-    await fill(ann, 2500)
-    engines = {app.autocommit, app.engine} if ann.on_sqlite else {app.autocommit}
-    steps: list[Any] = []  # rows left after a deletion, or None: a connection is back
-
-    def deleted(connection: Any, _: object, statement: str, *__: object) -> None:
-        if statement.startswith("DELETE"):
-            steps.append(connection.scalar(text("SELECT count(*) FROM items")))
-            assert sum(engine.pool.checkedout() for engine in engines) == 1
-
-    for engine in engines:
-        event.listen(engine.sync_engine, "after_cursor_execute", deleted)
-        event.listen(engine.sync_engine, "checkin", lambda *_: steps.append(None))
-    await ann.expect(204, "DELETE /users/me")
-    left = [2500, *(step for step in steps if step is not None)]
-    assert max(before - after for before, after in pairwise(left)) == 1000
-    assert not left[-1]
-    for step, following in pairwise(steps):  # other writers come between
-        assert step is None or following is None or step == 0
-
-
-async def test_who_becomes_a_superuser_meanwhile_is_not_deleted(
-    alice: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app, lock = alice.app, alice.app.lock_user
-    promotion = f"UPDATE users SET is_superuser = true WHERE id = {alice.user['id']}"
-
-    async def lock_later(session: Any, *args: Any) -> Any:
-        await session.exec(text(promotion))  # after the rows that go first
-        await session.commit()
-        return await lock(session, *args)
-
-    monkeypatch.setattr(app, "lock_user", lock_later)
+    after_reading(patch, alice, meanwhile)
     await alice.expect(403, "DELETE /users/me")
-    monkeypatch.undo()
-    await (await alice.log_in()).expect(204, f"DELETE {alice.url}")
+    assert left == [2500, 1501, 502, 0]
+    patch.undo()
+    await alice.alter("is_superuser = false")
+    await alice.expect(204, "DELETE /users/me")
+    assert await alice.has_ended()
 
 
 # --- Items
 
 
-async def test_an_item_is_made_read_changed_and_deleted(alice: Client) -> None:
+async def test_an_item_is_made_and_deleted(alice: Client) -> None:
     body = {"title": "a title", "description": "words"}
     item = await alice.new_item(**body)
     for time_ in (item["created_at"], item["updated_at"], alice.user["created_at"]):
@@ -528,34 +469,27 @@ async def test_an_item_is_made_read_changed_and_deleted(alice: Client) -> None:
         assert abs(datetime.fromisoformat(time_) - datetime.now(UTC)).seconds < 60
     assert set(item) == {*body, "id", "owner_id", "created_at", "updated_at"}
     assert item == item | body | {"owner_id": alice.user["id"]}
-    url = f"/items/{item['id']}"
-    assert await alice.expect(200, f"GET {url}") == item
-    new = await alice.expect(200, f"PATCH {url}", title="new")
-    assert new["updated_at"] > item["updated_at"]
-    assert new == item | {"title": "new", "updated_at": new["updated_at"]}
-    assert await alice.expect(200, f"GET {url}") == new
-    cleared = await alice.expect(200, f"PATCH {url}", description=None)
-    assert cleared["description"] is None
-    await alice.expect(204, f"DELETE {url}")
-    for method in ("GET", "PATCH", "DELETE"):
-        await alice.expect(404, f"{method} {url}")
-    assert (await alice.new_item())["id"] > item["id"]  # no id is used again
+    await alice.expect(204, f"DELETE /items/{item['id']}")
+    await alice.expect(404, f"GET /items/{item['id']}")
 
 
-async def test_a_change_is_answered_as_it_was_committed(alice: Client) -> None:
+async def test_only_what_is_sent_changes(alice: Client) -> None:
     item = await alice.new_item()
-    call = f"PATCH /items/{item['id']}"
-    changes = [{f: str(n)} for n in range(8) for f in ("title", "description")]
-    answers = await together(alice.expect(200, call, **change) for change in changes)
-    state = item
-    done = zip(answers, changes, strict=True)
-    for answer, change in sorted(done, key=lambda pair: str(pair[0]["updated_at"])):
-        assert answer["updated_at"] > state["updated_at"]
-        assert answer == state | change | {"updated_at": answer["updated_at"]}
-        state = answer
-    # One that comes while another is being stored waits for it.
+    for old, url, field in (
+        (alice.user, "/users/me", "full_name"),
+        (item, f"/items/{item['id']}", "description"),
+    ):
+        for change in ({field: "new"}, {field: None}):
+            new = await alice.expect(200, f"PATCH {url}", **change)
+            assert new["updated_at"] > old["updated_at"]
+            assert new == old | change | {"updated_at": new["updated_at"]}
+            old = new
+        for method in ("PATCH", "GET"):
+            assert await alice.expect(200, f"{method} {url}") == new
+    # A change that comes while another is being stored waits for it.
     theirs = f"UPDATE items SET description = 'theirs' WHERE id = {item['id']}"
-    answer = await answer_amid(theirs, alice, alice.expect(200, call, title="mine"))
+    mine = alice.expect(200, f"PATCH {url}", title="mine")
+    answer = await answer_amid(theirs, alice, mine)
     assert (answer["title"], answer["description"]) == ("mine", "theirs")
 
 
@@ -574,24 +508,19 @@ async def test_a_list_shows_what_the_caller_may_see(alice: Client) -> None:
     ):
         assert await client.expect(200, f"GET /items?{query}") == seen
     url = f"/items/{mine['id']}"
-    assert await root.expect(200, f"GET {alice.url}") == alice.user
     assert await root.expect(200, f"GET {url}") == mine
-    assert (await root.expect(200, f"PATCH {url}", title="x"))["title"] == "x"
+    await root.expect(200, f"PATCH {url}", title="x")
     await root.expect(204, f"DELETE {url}")
-    for body in ({"full_name": "x"}, {"is_active": False}):  # and see the walk, below
-        problem = await bob.expect(404, f"PATCH {alice.url}", **body)
-        assert problem == {"detail": "Not found"}
     await alice.expect(403, "GET /users")
     for sort in ("title", "-", "", "ID", "id&sort=title"):
         await root.expect(422, f"GET /users?sort={sort}")
 
 
-@pytest.mark.parametrize("sort", ["id", "-id"])
-async def test_the_next_page_is_linked_until_the_last(alice: Client, sort: str) -> None:
-    ids = [(await alice.new_item())["id"] for _ in range(6)]
-    ids.sort(reverse=sort == "-id")
+async def test_the_next_page_is_linked_until_the_last(alice: Client) -> None:
+    root = await alice.log_in()
+    ids = [(await alice.new_item())["id"] for _ in range(6)][::-1]
     seen: list[list[int]] = []
-    kept = f"limit=2&sort={sort}&owner_id={alice.user['id']}"
+    kept = f"limit=2&sort=-id&owner_id={alice.user['id']}"
     url = f"/items?skip=1&{kept}"
     while url and len(seen) < 4:
         answer = await alice.get(url)
@@ -603,16 +532,13 @@ async def test_the_next_page_is_linked_until_the_last(alice: Client, sort: str) 
     # Right behind a proxy that forwards host and scheme, and under a root path
     proxied = httpx.ASGITransport(alice.app.app, root_path="/svc")
     client = Client(proxied, "https://shop.example/svc")
-    answer = await client.get(f"/items?sort={sort}&limit=1", headers=alice.headers)
-    link = f"https://shop.example/svc/api/v1/items?sort={sort}&limit=1&after={ids[0]}"
+    answer = await client.get("/items?sort=-id&limit=1", headers=alice.headers)
+    link = f"https://shop.example/svc/api/v1/items?sort=-id&limit=1&after={ids[0]}"
     assert answer.links["next"]["url"] == link
     # Users likewise
-    root = await alice.log_in()
-    first, *users = await root.expect(200, f"GET /users?sort={sort}")
-    answer = await root.get(f"/users?limit=1&sort={sort}")
-    assert answer.json() == [first]
-    assert (await root.get(answer.links["next"]["url"])).json() == users[:1]
-    assert await root.expect(200, f"GET /users?after={2**62}") == []
+    answer = await root.get("/users?limit=1")
+    users = answer.json() + (await root.get(answer.links["next"]["url"])).json()
+    assert users == await root.expect(200, "GET /users?limit=2")
 
 
 # --- What a newcomer adds
@@ -622,22 +548,23 @@ async def test_a_condition_more_opens_rows_to_the_public(alice: Client) -> None:
     app, root, bob = alice.app, await alice.log_in(), await alice.new_user()
     ended = await alice.log_in(alice.user["email"])
     await ended.revoke()
-    mine, his = await alice.new_item(), await bob.new_item()
-    public = await bob.new_item(title=(title := secrets.token_hex(8)))
-    ids = {item["id"] for item in (mine, his, public)}
-    condition = (col(Item.title) == title) | app.visible(Item.owner_id)
-    query = select(Item.id).where(condition, col(Item.id).in_(ids)).order_by("id")
+    mine, his, public = [(await c.new_item())["id"] for c in (alice, bob, bob)]
+    condition = (col(Item.id) == public) | app.visible(Item.owner_id)
+    query = select(Item.id).where(condition, col(Item.id) >= mine).order_by("id")
+
+    def act(anyone: Any) -> Any:
+        return app.fetch(query, anyone)
+
     for client, seen in (
         (alice.at("10.0.0.1"), [public]),
         (alice, [mine, public]),
         (bob, [his, public]),
         (root, [mine, his, public]),
     ):
-        answer = await ask(client, lambda anyone: app.fetch(query, anyone))
-        assert answer.json() == [item["id"] for item in seen]
+        assert (await ask(client, act)).json() == seen
     for header in (ended.headers["Authorization"], "Bearer x", "Bearer", "Basic x", ""):
         bob.headers["Authorization"] = header
-        answer = await ask(bob, lambda anyone: app.fetch(query, anyone))
+        answer = await ask(bob, act)
         assert answer.status_code == 401, header
         assert answer.headers["WWW-Authenticate"] == "Bearer"
 
@@ -706,9 +633,9 @@ async def test_a_reader_never_waits_and_stores_nothing(ann: Client, log: Log) ->
 
 
 async def test_a_request_has_one_connection_at_a_time(alice: Client, log: Log) -> None:
-    app, one, who = alice.app, text("SELECT 1"), alice.app.CALLER
+    app, one = alice.app, text("SELECT 1 AS id")
     for act in (
-        lambda session, token: (app.load(session, who, token), app.fetch(who, token)),
+        lambda session: (session.exec(one), app.fetch(one, None)),
         lambda session, reader: (session.exec(one), reader.exec(one)),
         lambda session, reader: (reader.exec(one), session.exec(one)),
     ):
@@ -716,12 +643,9 @@ async def test_a_request_has_one_connection_at_a_time(alice: Client, log: Log) -
         assert "This request has a connection" in log.text
         log.clear()
         await alice.new_item()
+    before, after = [app.fetch(one, None) for _ in range(2)]
     answer = await ask(
-        alice,
-        lambda session, token: (
-            *(app.fetch(who, token), app.load(session, who, token)),
-            *(session.commit(), app.fetch(who, token)),
-        ),
+        alice, lambda session: (before, session.exec(one), session.commit(), after)
     )
     assert answer.status_code == 200
 
@@ -736,22 +660,21 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
     name, unfit = "uq_items", "It has a text or a number that cannot be stored"
     index = sa.Index(name, table.c.title, table.c.owner_id, unique=True)
     await alice.sql(f"CREATE UNIQUE INDEX {name} ON items (title, owner_id)")
-    for client, value, detail in (
-        (alice, {"title": "t", "id": 5_000_000}, None),
-        (alice, {"title": "t"}, "Title and owner id already registered"),
-        (alice, {"title": "u", "id": 5_000_000}, "Id already registered"),
-        (alice, {"title": "u", "owner_id": 9_999_999}, "It refers to what is not "),
-        (bob, {"title": "u"}, "Log in"),  # the caller's own row is what is missing
-        (alice, {"title": ""}, "It breaks a rule of the database"),
-        (alice, {"title": "\ud800"}, unfit),
-        (alice, {"title": "u", "owner_id": 2**70}, unfit),
-        (alice, {"title": "u\0"}, None if alice.on_sqlite else unfit),
+    for client, status, value, detail in (
+        (alice, 200, {"title": "t", "id": 5_000_000}, "None"),
+        (alice, 400, {"title": "t"}, "Title and owner id already registered"),
+        (alice, 400, {"title": "u", "id": 5_000_000}, "Id already registered"),
+        (alice, 400, {"title": "u", "owner_id": 9_999_999}, "It refers to what is not"),
+        (bob, 401, {"title": "u"}, "Log in"),  # the caller's own row is missing
+        (alice, 400, {"title": ""}, "It breaks a rule of the database"),
+        (alice, 400, {"title": "\ud800"}, unfit),
+        (alice, 400, {"title": "u", "owner_id": 2**70}, unfit),
+        (alice, 200 if alice.on_sqlite else 400, {"title": "u\0"}, ""),
     ):
         answer = await ask(client, store, **value)
-        expected = 401 if client is bob else 400 if detail else 200
-        assert answer.status_code == expected, (value, answer.text)
-        assert not detail or answer.json()["detail"].startswith(detail)
+        assert (answer.status_code, detail in answer.text) == (status, True), value
     table.indexes.discard(index)
+    await alice.sql(f"DROP INDEX {name}")
     local = select(Item).where(Item.created_at == datetime(2026, 1, 1))  # no offset
     answer = await ask(alice, lambda session: session.exec(local))
     assert (answer.status_code, answer.json()["detail"]) == (400, unfit)
@@ -762,7 +685,6 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
         item.title = "x"
 
     assert (await ask(alice, change_what_is_gone)).status_code == 404
-    await alice.sql(f"DROP INDEX {name}")
     await alice.sql("DELETE FROM items")
 
 
@@ -772,10 +694,6 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
 async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     form = {"grant_type": "password", "username": alice.user["email"]}
     form |= {"password": PASSWORD, "scope": "all", "client_id": "x"}  # some are ignored
-
-    def changed(change: str) -> dict[str, Any]:
-        return {"data": form | dict([change.split("=")])}
-
     answer = await alice.post("/auth/token", data=form)
     assert answer.headers["Cache-Control"] == "no-store"
     tokens = answer.json()
@@ -783,22 +701,23 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     claims = read_claims(tokens["access_token"])
     assert claims["sub"] == str(alice.user["id"])
     assert claims["exp"] - claims["iat"] == 1800
-    wrong = ["password=wrong", f"password={PASSWORD}x", f"username={'x' * 1000}"]
-    wrong += ["username=nobody@example.com", "username=no email"]
+    wrong = ["password=wrong", f"username={'x' * 1000}", "username=nobody@example.com"]
     broken = ["grant_type=", "grant_type=refresh_token", "password=", "username=x\0"]
     broken += [f"username={'x' * 1001}", f"password={'x' * 1001}"]
-    bodies: list[dict[str, Any]] = [{}, {"json": form}, {"content": b"\xff"}]
-    bodies += [{"files": {"username": b"x"}}, *map(changed, broken)]
-    bodies += [{"content": b"garbage", "headers": MULTIPART}]
-    for error, body in (
-        ("unsupported_grant_type", changed("grant_type=client_credentials")),
-        *(("invalid_grant", changed(change)) for change in wrong),
-        *(("invalid_request", body) for body in bodies),
+    bodies: list[Any] = [{}, {"json": form}, {"content": b"\xff"}]
+    bodies += [{"files": {"x": b"x"}}, {"content": b"garbage", "headers": MULTIPART}]
+    for error, requests in (
+        ("unsupported_grant_type", ["grant_type=client_credentials"]),
+        ("invalid_grant", wrong),
+        ("invalid_request", [*broken, *bodies]),
     ):
-        answer = await alice.post("/auth/token", **body)
-        assert (answer.status_code, answer.json()["error"]) == (400, error), body
-        assert answer.json()["detail"] == answer.json()["error_description"]
-        assert answer.headers["Cache-Control"] == "no-store"
+        for body in requests:
+            if isinstance(body, str):  # the form with this change
+                body = {"data": form | dict([body.split("=")])}
+            answer = await alice.post("/auth/token", **body)
+            assert (answer.status_code, answer.json()["error"]) == (400, error), body
+            assert answer.json()["detail"] == answer.json()["error_description"]
+            assert answer.headers["Cache-Control"] == "no-store"
 
 
 async def test_nothing_tells_who_is_registered(alice: Client, patch: Patch) -> None:
@@ -816,8 +735,6 @@ async def test_a_refresh_token_shown_twice_ends_the_login(alice: Client) -> None
     answer = await alice.refresh()
     await alice.expect(200, "GET /users/me")  # by the old access token
     alice.use(answer)
-    assert alice.tokens["refresh_token"] != spent
-    await alice.expect(200, "GET /users/me")
     answer = await alice.refresh(spent)
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_grant")
     assert await alice.has_ended()
@@ -836,9 +753,7 @@ async def test_refresh_tokens_expire_and_do_not_pile_up(alice: Client) -> None:
     assert timedelta(days=29) < days <= timedelta(days=30)
     long_ago = "'2020-01-01 00:00:00+00'"
     await alice.sql(f"UPDATE logins SET expires_at = {long_ago} WHERE {mine}")
-    await other.expect(401, "GET /users/me")
-    assert (await alice.refresh()).status_code == 400
-    assert await alice.has_ended()
+    assert await other.has_ended()
     await alice.new_user()
     assert not await alice.sql(f"SELECT 1 FROM logins WHERE {mine}")
 
@@ -854,14 +769,13 @@ async def test_revocation_ends_the_login_behind_any_token(alice: Client) -> None
         for shown in (token, "unknown", "a.b.c", "a.b", "é"):  # all answered alike
             answer = await alice.revoke(shown)
             assert (answer.status_code, answer.content) == (200, b"")
-        await client.expect(401, "PATCH /items/1")
         assert await client.has_ended()
         assert not await alice.has_ended()
     answer = await alice.post("/auth/revoke")
     assert (answer.status_code, answer.json()["error"]) == (400, "invalid_request")
 
 
-async def test_a_new_password_ends_every_login_but_its_own(alice: Client) -> None:
+async def test_a_new_password_ends_all_other_logins(alice: Client) -> None:
     root, other = await alice.log_in(), await alice.log_in(alice.user["email"])
     change = {"password": "another one", "current_password": PASSWORD}
     await alice.expect(200, "PATCH /users/me", **change)
@@ -873,33 +787,31 @@ async def test_a_new_password_ends_every_login_but_its_own(alice: Client) -> Non
 
 async def test_deactivation_ends_logins_for_good(alice: Client) -> None:
     root, email = await alice.log_in(), alice.user["email"]
-    other = await alice.log_in(email)
     await root.expect(200, f"PATCH {alice.url}", is_active=False)
-    assert await alice.has_ended()
-    assert (await alice.sign_in(email)).json()["error"] == "invalid_grant"
+    answers = [await alice.sign_in(email) for _ in range(11)]  # all are wrong guesses
+    assert codes(answers) == [400] * 10 + [429]
+    assert answers[0].json() == (await alice.sign_in(new_email())).json()
     await root.expect(200, f"PATCH {alice.url}", is_active=True)
-    assert await other.has_ended()
-    alice = await alice.log_in(email)
-    # Even if a login were left
-    await alice.sql(f"UPDATE users SET is_active = false WHERE email = '{email}'")
-    await alice.expect(401, "POST /items", title="x")
+    assert await alice.has_ended()
+    alice = await alice.at("10.2.2.2").log_in(email)
+    await alice.alter("is_active = false")  # even if a login were left
     assert await alice.has_ended()
 
 
 async def test_an_old_password_proves_nothing(alice: Client, patch: Patch) -> None:
     email = alice.user["email"]
     hashes = [bcrypt.hashpw(p, bcrypt.gensalt(4)) for p in (PASSWORD.encode(), b"new")]
-    change = f"UPDATE users SET hashed_password = '%s' WHERE email = '{email}'"
-    old, new = (change % hashed.decode() for hashed in hashes)
+    old, new = (f"hashed_password = '{hashed.decode()}'" for hashed in hashes)
+    third = {"password": "a third one", "current_password": PASSWORD}
     # It changes while a login is being stored, …
-    answer = await answer_amid(new, alice, alice.sign_in(email))
+    change = f"UPDATE users SET {new} WHERE email = '{email}'"
+    answer = await answer_amid(change, alice, alice.sign_in(email))
     assert answer.json()["error"] == "invalid_grant"
     # … and while the guess is hashed, at a login and at a change.
-    before_hashing(patch, "checkpw", in_loop(lambda: alice.sql(new)))
-    await alice.sql(old)
+    after_reading(patch, alice, lambda: alice.alter(new))
+    await alice.alter(old)
     assert (await alice.sign_in(email)).json()["error"] == "invalid_grant"
-    await alice.sql(old)
-    third = {"password": "a third one", "current_password": PASSWORD}
+    await alice.alter(old)
     await alice.expect(403, "PATCH /users/me", **third)
     await alice.log_in(email, "new")
 
@@ -936,10 +848,8 @@ async def test_ten_wrong_logins_are_enough(
         assert 0 < int(answer.headers["Retry-After"]) <= 900
     assert log.text.count("Too many wrong passwords") == 2  # once each, no names
     assert mine not in log.text
-    assert (await alice.at("10.1.2.3").sign_in(mine)).status_code == 200
-    assert (await alice.sign_in(mine)).status_code == 429
-    with patch.context() as patch:
-        patch.setattr(alice.app.settings, "max_failed_logins", 0)  # off
+    with patch.context() as inner:
+        inner.setattr(alice.app.settings, "max_failed_logins", 0)  # off
         assert (await alice.sign_in(mine, "wrong")).status_code == 400
     # 15 minutes later
     await alice.sql("UPDATE login_attempts SET created_at = '2020-01-01 00:00:00+00'")
@@ -947,8 +857,8 @@ async def test_ten_wrong_logins_are_enough(
     assert await alice.sql("SELECT 1 FROM login_attempts") == []  # they do not pile up
 
 
-async def test_an_ipv6_address_counts_as_its_network(alice: Client) -> None:
-    """And an IPv4 address in the form of IPv6 as the IPv4 address."""
+async def test_wrong_logins_count_by_address(alice: Client) -> None:
+    """By the network of IPv6; an IPv4 address may be written in the form of IPv6."""
     for same, another in (
         ("2001:db8:0:1::1 2001:DB8:0:1:ffff::2 2001:db8::1:0:0:0:3", "2001:db8::1"),
         ("10.9.8.7 ::ffff:10.9.8.7 ::ffff:a09:807", "::ffff:10.9.8.8"),
@@ -957,14 +867,14 @@ async def test_an_ipv6_address_counts_as_its_network(alice: Client) -> None:
         email, turns = alice.user["email"], [c for c in clients for _ in range(4)]
         answers = [await client.sign_in(email, "x") for client in turns]
         assert codes(answers) == [400] * 10 + [429] * 2
-        assert (await alice.at(another).sign_in(alice.user["email"])).status_code == 200
+        assert (await alice.at(another).sign_in(email)).status_code == 200
+        assert (await clients[0].sign_in(email)).status_code == 429
 
 
 async def test_current_passwords_are_counted_by_login(alice: Client) -> None:
     change = {"password": "another one", "current_password": "wrong"}
     for status in [403] * 10 + [429]:
         await alice.expect(status, "PATCH /users/me", **change)
-    await alice.at("10.3.3.3").expect(401, "PATCH /users/me", **change)
     # Whoever had stolen that login cannot keep the owner from ending it.
     owner = await alice.log_in(alice.user["email"])
     change["current_password"] = PASSWORD
@@ -973,68 +883,56 @@ async def test_current_passwords_are_counted_by_login(alice: Client) -> None:
     assert await alice.has_ended()
 
 
-async def test_a_right_password_of_an_inactive_user_is_wrong(alice: Client) -> None:
-    root = await alice.log_in()
-    await root.expect(200, f"PATCH {alice.url}", is_active=False)
-    answers = [await alice.sign_in(alice.user["email"]) for _ in range(11)]
-    assert codes(answers) == [400] * 10 + [429]
-    assert answers[0].json() == (await alice.sign_in(new_email())).json()
-
-
 async def test_a_burst_has_no_more_guesses(alice: Client, patch: Patch) -> None:
-    email = alice.user["email"]
+    email, loop = alice.user["email"], asyncio.get_running_loop()
     give_cores(patch, alice.app, 30)
-    with patch.context() as patch:  # all are hashed before one is counted
+
+    async def burst(guess: str, count: int) -> list[int]:
+        return codes(await together(alice.sign_in(email, guess) for _ in range(count)))
+
+    def guess_more(password: bytes, _: bytes) -> None:
+        if password == PASSWORD.encode():
+            asyncio.run_coroutine_threadsafe(burst("x", 10), loop).result(30)
+
+    with patch.context() as inner:  # all are hashed before one is counted
         barrier = threading.Barrier(24)
-        before_hashing(patch, "checkpw", lambda *_: barrier.wait(30))
-        for guess, expected in (PASSWORD, [200] * 24), ("x", [400] * 10 + [429] * 14):
-            answers = await together(alice.sign_in(email, guess) for _ in range(24))
-            assert codes(answers) == expected
+        before_hashing(inner, "checkpw", lambda *_: barrier.wait(30))
+        assert await burst(PASSWORD, 24) == [200] * 24
+        assert await burst("x", 24) == [400] * 10 + [429] * 14
     # A right guess that comes behind ten wrong ones is answered like an eleventh.
     await alice.sql("DELETE FROM login_attempts")
-    begun, tell = threading.Event(), threading.Event()
-
-    def hold(password: bytes, _: bytes) -> None:
-        if password == PASSWORD.encode():
-            begun.set()
-            tell.wait(30)
-
-    before_hashing(patch, "checkpw", hold)
-    hidden = asyncio.create_task(alice.sign_in(email))
-    await until(begun.is_set)
-    answers = [await alice.sign_in(email, "wrong") for _ in range(10)]
-    tell.set()
-    answers += [await hidden, await alice.sign_in(email, "wrong")]
-    assert [answer.status_code for answer in answers] == 10 * [400] + 2 * [429]
-    assert answers[-1].json() == answers[-2].json()
+    before_hashing(patch, "checkpw", guess_more)
+    behind, eleventh = [await alice.sign_in(email, guess) for guess in (PASSWORD, "x")]
+    assert behind.status_code == eleventh.status_code == 429
+    assert behind.json() == eleventh.json()
 
 
 async def test_no_more_are_hashed_than_cores_are(alice: Client, patch: Patch) -> None:
+    app, email = alice.app, alice.user["email"]
     seen: list[tuple[int, int]] = []  # hashes at once, and connections held meanwhile
 
     def note(*_: bytes) -> None:
-        held = alice.app.engine.pool.checkedout()
-        seen.append((alice.app.hashing.borrowed_tokens, held))
+        seen.append((app.hashing.borrowed_tokens, app.engine.pool.checkedout()))
 
-    before_hashing(patch, "checkpw", note)
-    assert (await alice.sign_in(alice.user["email"])).status_code == 200
-    assert seen == [(1, 0)]
-    assert alice.app.hashing.total_tokens == (os.cpu_count() or 1)
+    for name in ("checkpw", "hashpw"):
+        before_hashing(patch, name, note)
+    change = {"password": "another one", "current_password": PASSWORD}
+    await alice.expect(200, "PATCH /users/me", **change)
+    assert (await alice.sign_in(email, "another one")).status_code == 200
+    assert seen == [(1, 0)] * 3
+    assert app.hashing.total_tokens == (os.cpu_count() or 1)
     # Who waits too long is sent away.
-    patch.setattr(alice.app, "HASHING_PATIENCE", 0.05)
-    give_cores(patch, alice.app, 1)
-    alice.app.hashing.acquire_on_behalf_of_nowait("somebody else")
-    answer = await alice.sign_in(alice.user["email"])
+    patch.setattr(app, "HASHING_PATIENCE", 0.05)
+    give_cores(patch, app, 1)
+    app.hashing.acquire_on_behalf_of_nowait("somebody else")
+    answer = await alice.sign_in(email)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert answer.json()["error"] == "temporarily_unavailable"
-    alice.app.hashing.release_on_behalf_of("somebody else")
-    assert (await alice.sign_in(alice.user["email"])).status_code == 200
 
 
 async def test_a_flood_keeps_nobody_else_waiting(alice: Client, patch: Patch) -> None:
     give_cores(patch, alice.app, 2)
-    busy: list[bytes] = []
-    end = threading.Event()
+    busy, end = list[bytes](), threading.Event()
 
     def hold(password: bytes, _: bytes) -> None:
         if password == b"flooding":
@@ -1048,29 +946,24 @@ async def test_a_flood_keeps_nobody_else_waiting(alice: Client, patch: Patch) ->
     calls += [flooder.post("/users", json=person(password="flooding")) for _ in calls]
     flood = asyncio.gather(*calls)
     await until(lambda: busy)
-    bodies = [person() for _ in range(5)]
-    others = [alice.post("/users", json=body) for body in bodies]
-    assert codes(await together(others)) == [201] * 5
-    for body in bodies:
-        assert (await alice.sign_in(body["email"])).status_code == 200
+    await together(alice.new_user() for _ in range(5))  # register and log in
     assert len(busy) == 1
     end.set()
     assert codes(await flood) == [201] * 20 + [400] * 20
 
 
 async def test_a_right_login_renews_a_hash_of_another_cost(alice: Client) -> None:
-    mine = f"WHERE id = {alice.user['id']}"
+    email, query = alice.user["email"], "SELECT hashed_password FROM users WHERE id = "
     costly = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(5)).decode()
-    await alice.sql(f"UPDATE users SET hashed_password = '{costly}' {mine}")
-    await alice.sign_in(alice.user["email"], "wrong")
-    [(kept,)] = await alice.sql(f"SELECT hashed_password FROM users {mine}")
-    assert kept == costly
-    logins = (alice.sign_in(alice.user["email"]) for _ in range(24))
+    await alice.alter(f"hashed_password = '{costly}'")
+    await alice.sign_in(email, "wrong")
+    assert await alice.sql(f"{query}{alice.user['id']}") == [(costly,)]
+    logins = (alice.sign_in(email) for _ in range(24))
     assert codes(await together(logins)) == [200] * 24
-    [(renewed,)] = await alice.sql(f"SELECT hashed_password FROM users {mine}")
+    [(renewed,)] = await alice.sql(f"{query}{alice.user['id']}")
     assert renewed.startswith("$2b$04$")
     assert not await alice.has_ended()
-    await alice.log_in(alice.user["email"])
+    await alice.log_in(email)
 
 
 # --- Bad input
@@ -1125,8 +1018,7 @@ async def test_an_index_serves_each_list_at_any_depth(alice: Client) -> None:
         for first in (False, True)
     ]
     for statement in (app.CALLER, app.USER, app.ITEM, *pages):
-        known = {key: values[key] for key in values if f":{key}" in str(statement)}
-        query = statement.params(**known)
+        query = statement.params(**values)
         query = query.compile(engine, compile_kwargs={"literal_binds": True})
         plan = "\n".join(str(row) for row in await alice.sql(f"{explain} {query}"))
         assert not re.search("Seq Scan on items|TEMP B-TREE", plan), plan
@@ -1134,66 +1026,50 @@ async def test_an_index_serves_each_list_at_any_depth(alice: Client) -> None:
 
 
 async def test_a_commit_that_fails_is_no_success(ann: Client) -> None:
-    def fail(_: object) -> None:
-        raise OSError("the disk is gone")
-
-    body = person()
-    event.listen(ann.app.engine.sync_engine, "commit", fail)
-    try:
-        answer = await ann.post("/users", json=body)
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        await ann.expect(503, "PATCH /users/me", full_name="x")
-    finally:
-        event.remove(ann.app.engine.sync_engine, "commit", fail)
-    assert await ann.expect(200, "GET /users/me") == ann.user
-    await ann.expect(201, "POST /users", **body)  # nothing of it was stored
-    # Nor does one that the database refuses leave anything open.
     defer = "PRAGMA defer_foreign_keys = ON"
     if not ann.on_sqlite:
         defer = "ALTER TABLE items ALTER CONSTRAINT fk_items_owner_id_users "
         defer += "DEFERRABLE INITIALLY DEFERRED"
 
-    async def act(session: Any, token: Any) -> None:
+    async def act(session: Any) -> None:
         await session.exec(text(defer))
         session.add(Item(title="x", owner_id=9_999_999))
 
     assert (await ask(ann, act)).status_code == 400
+    # Nothing of it is stored or left open.
     for engine in (ann.app.engine, ann.app.autocommit):
         assert engine.pool.checkedout() == 0
-    await asyncio.wait_for(ann.new_item(), ann.app.settings.database_timeout / 2)
-    assert len(await ann.expect(200, "GET /items")) == 1
+    item = await asyncio.wait_for(ann.new_item(), ann.app.settings.database_timeout / 2)
+    assert await (await ann.log_in()).expect(200, "GET /items") == [item]
 
 
-async def test_what_is_deleted_while_it_is_used_never_was(alice: Client) -> None:
-    items, bob = [await alice.new_item() for _ in range(2)], await alice.new_user()
-    item, other = (f"/items/{item['id']}" for item in items)
-    for gone, client, status, call, body in (
-        (item, alice, 404, f"PATCH {item}", {"title": "x"}),
-        (other, alice, 404, f"DELETE {other}", {}),
-        (bob.url, bob, 401, "POST /items", {"title": "x"}),
-        (alice.url, alice, 401, "PATCH /users/me", {"full_name": "x"}),
+async def test_what_ends_meanwhile_counts_no_more(alice: Client) -> None:
+    """Things and rights: two superusers cannot demote each other."""
+    bob, title, name = await alice.new_user(), {"title": "x"}, {"full_name": "x"}
+    one, other = [f"/items/{(await alice.new_item())['id']}" for _ in range(2)]
+    demotion = f"UPDATE users SET is_superuser = false WHERE id = {alice.user['id']}"
+
+    def deletion(url: str) -> str:
+        _, table, row = url.split("/")
+        return f"DELETE FROM {table} WHERE id = {row}"
+
+    for end, client, status, call, body in (
+        (deletion(one), alice, 404, f"PATCH {one}", title),
+        (deletion(other), alice, 404, f"DELETE {other}", {}),
+        (demotion, alice, 404, f"PATCH {bob.url}", name),
+        (demotion, alice, 404, f"DELETE {bob.url}", {}),
+        (deletion(bob.url), bob, 401, "POST /items", title),
+        (deletion(alice.url), alice, 401, "PATCH /users/me", name),
     ):
-        _, table, row = gone.split("/")
-        deletion = f"DELETE FROM {table} WHERE id = {row}"
-        await answer_amid(deletion, client, client.expect(status, call, **body))
-
-
-async def test_a_mistake_of_ours_is_a_500_in_json(alice: Client, patch: Patch) -> None:
-    patch.setattr(alice.app, "USER", text("SELECT no_such_column"))
-    patch.setattr(alice.app, "ITEM", None)
-    for url in ("/users/me", "/items/1"):  # this client raises what the app raises
-        problem = await alice.expect(500, f"GET {url}")
-        assert problem == {"detail": "Internal server error"}
-    patch.undo()
-    await alice.expect(200, "GET /users/me")
+        await alice.alter("is_superuser = true")
+        await answer_amid(end, client, client.expect(status, call, **body))
 
 
 # What the databases call what went wrong, and how it is answered
-SQLSTATES = {503: "08006 25006 40001 40P01 53100 53300 55P03 57014 57P01 58030"}
-SQLSTATES |= {400: "22003 22021 23502 23503 23505 23514 23P01 23001", 500: "42P01"}
-SQLITE_CODES = {503: "BUSY BUSY_SNAPSHOT LOCKED FULL CANTOPEN READONLY IOERR_WRITE"}
-SQLITE_CODES |= {400: "CONSTRAINT_CHECK CONSTRAINT_FOREIGNKEY CONSTRAINT_UNIQUE TOOBIG"}
-SQLITE_CODES |= {500: "ERROR"}
+SQLSTATES = {503: "08006 25006 40001 40P01 53100 55P03 57014 57P01 58030", 500: "42P01"}
+SQLSTATES |= {400: "22003 22021 23502 23503 23505 23514 23P01 23001"}
+SQLITE_CODES = {503: "BUSY_SNAPSHOT LOCKED FULL CANTOPEN READONLY IOERR_WRITE"}
+SQLITE_CODES |= {400: "CONSTRAINT_CHECK TOOBIG MISMATCH", 500: "ERROR"}
 RAISE = """
 CREATE FUNCTION fail(code text, secret text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN
 RAISE EXCEPTION 'no luck' USING ERRCODE = code, DETAIL = secret; END $$
@@ -1221,37 +1097,42 @@ async def test_an_outage_is_told_from_a_mistake(ann: Client, log: Log) -> None:
         for name in names.split():
             answer = await ask(ann, act, f"?code={name}")
             assert answer.status_code == status, name
+            if status == 500:  # this client would raise what the app raises
+                assert answer.json() == {"detail": "Internal server error"}
             if status == 503:
                 assert answer.headers["Retry-After"] == "1"
                 assert log.messages[-1] == "Answered 503: no luck"
                 assert PASSWORD not in log.text
 
 
-async def test_a_request_waits_for_a_connection_only_so_long(new_url: NewUrl) -> None:
+@pytest.fixture
+async def pat(new_url: NewUrl) -> AsyncIterator[Client]:
+    """A user of an app that has one connection to PostgreSQL, and little patience."""
     limits = {"DATABASE_POOL_SIZE": "1", "DATABASE_TIMEOUT": "0.2"}
     async with running(load_app(new_url("pg"), **limits)) as client:
-        ready, health = f"{client.host}/ready", f"GET {client.host}/health"
-        async with client.app.engine.connect():
-            answer = await apart(client.get(ready))
-            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-            assert await client.expect(200, health) == {"status": "healthy"}
-        assert await client.expect(200, f"GET {ready}") == {"status": "ready"}
-        with pytest.raises(TimeoutError):  # a statement that takes long
-            await client.sql("SELECT pg_sleep(5)")
-        await client.expect(200, f"GET {ready}")
+        yield await client.new_user()
 
 
-async def test_tables_may_change_under_a_running_app(new_url: NewUrl, log: Log) -> None:
-    async with running(load_app(new_url("pg"), DATABASE_POOL_SIZE="1")) as client:
-        me = await client.new_user()
-        url = f"/items/{(await me.new_item())['id']}"
-        for call in (f"GET {url}", "GET /items", f"PATCH {url}"):
-            await me.expect(200, call)
-            length = 300 + len(call)
-            await me.sql(f"ALTER TABLE items ALTER title TYPE varchar({length})")
-            answers = [await me.request(*call.split(), json={}) for _ in range(3)]
-            assert [answer.status_code for answer in answers] == [503, 200, 200], call
-            assert "cached statement plan is invalid" in log.messages[-1]
+async def test_a_request_waits_for_a_connection_only_so_long(pat: Client) -> None:
+    ready, health = f"{pat.host}/ready", f"GET {pat.host}/health"
+    async with pat.app.engine.connect():
+        answer = await apart(pat.get(ready))
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert await pat.expect(200, health) == {"status": "healthy"}
+    assert await pat.expect(200, f"GET {ready}") == {"status": "ready"}
+    with pytest.raises(TimeoutError):  # a statement that takes long
+        await pat.sql("SELECT pg_sleep(5)")
+    await pat.expect(200, f"GET {ready}")
+
+
+async def test_tables_may_change_under_a_running_app(pat: Client, log: Log) -> None:
+    url = f"/items/{(await pat.new_item())['id']}"
+    for call in (f"GET {url}", "GET /items", f"PATCH {url}"):
+        await pat.expect(200, call)
+        await pat.sql(f"ALTER TABLE items ALTER title TYPE varchar({300 + len(call)})")
+        answers = [await pat.request(*call.split(), json={}) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [503, 200, 200], call
+        assert "cached statement plan is invalid" in log.messages[-1]
 
 
 async def test_no_login_waits_for_another_ones_cleaning(new_url: NewUrl) -> None:
@@ -1267,24 +1148,21 @@ async def test_no_login_waits_for_another_ones_cleaning(new_url: NewUrl) -> None
             await asyncio.wait_for(apart(client.log_in(me.user["email"])), 20)
 
 
-CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> "
-CUT += "pg_backend_pid() AND datname = current_database()"
-
-
 async def test_connections_that_died_idle_cost_no_error(new_url: NewUrl) -> None:
-    drivers: list[Any] = []
+    app, drivers = load_app(new_url("pg")), list[Any]()
+    event.listen(app.engine.sync_engine, "connect", lambda c, _: drivers.append(c))
+    others = "pid <> pg_backend_pid() AND datname = current_database()"
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
 
-    def collect(connection: Any, _: object) -> None:
-        drivers.append(connection.driver_connection)
+    def is_one_left() -> bool:
+        return sum(not d.driver_connection.is_closed() for d in drivers) == 1
 
-    app = load_app(new_url("pg"))
-    event.listen(app.engine.sync_engine, "connect", collect)
     async with running(app) as client:
         for _ in range(3):
             ready = (client.get(f"{client.host}/ready") for _ in range(10))
             assert codes(await together(ready)) == 10 * [200]
-            await client.sql(CUT)  # all but its own
-            await until(lambda: sum(not driver.is_closed() for driver in drivers) == 1)
+            await client.sql(cut)
+            await until(is_one_left)
 
 
 # --- Every route, by the API's document; what is meant to be otherwise is named here
