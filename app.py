@@ -680,18 +680,17 @@ async def fetch(
     changed, and one greenlet to connect, execute and fetch. It halves their cost.
     """
 
-    def run(statement: sa.Executable) -> Rows:
+    def run() -> Rows:
         with autocommit.sync_engine.connect() as connection:
             rows = connection.execute(statement, values).all()
+            if not rows and token and not connection.execute(CALLER, values).first():
+                raise unauthorized()
             if not statement.is_select:
                 connection.commit()  # where the engine is not autocommit: in memory
             return rows
 
     values |= callers_parameters(token)
-    rows = await greenlet_spawn(run, statement)
-    if not rows and token and not await greenlet_spawn(run, CALLER):
-        raise unauthorized()
-    return rows
+    return await greenlet_spawn(run)
 
 
 async def fetch_one(
