@@ -402,8 +402,8 @@ ReaderDep = Annotated[AsyncSession, Depends(get_reader, scope="function")]
 # What databases call an error: SQLSTATEs of PostgreSQL, or the beginnings of them, and
 # SQLite's names. An outage passes: no connection, no room, a lock, a conflict of
 # transactions, a shutdown, a standby or a file that can only be read, a failing disk.
-OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "58")
-SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
+OUTAGES: tuple[str, ...] = ("08", "25006", "40", "53", "55P03", "57", "58")
+OUTAGES += ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
 HOPELESS = ("SQLITE_CANTOPEN", "SQLITE_READONLY")  # at the start: no folder, no right
 TAKEN = ("23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY")
 DANGLING = ("23503", "23001", "SQLITE_CONSTRAINT_FOREIGNKEY")
@@ -425,8 +425,7 @@ def is_outage(error: Exception) -> bool:
     lost = error.statement is None or error.connection_invalidated  # or never had
     # A migration changed a table meanwhile: the next time, the statement is read anew.
     stale = type(error.orig).__name__ == "InvalidCachedStatementError"
-    codes = OUTAGES + SQLITE_OUTAGES + HOPELESS
-    return lost or stale or error_code(error).startswith(codes)
+    return lost or stale or error_code(error).startswith(OUTAGES + HOPELESS)
 
 
 def reason(error: Exception) -> str:
