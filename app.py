@@ -508,26 +508,26 @@ async def refuse_too_many(session: AsyncSession, pair: str) -> int:
 
 
 async def check_password(
-    session: AsyncSession, pair: str, address: str, password: str, hashed: str | None
+    session: AsyncSession, pair: str, address: str, password: str, hashed: str
 ) -> bool:
-    """Tell whether a password is the hash's, in the same time if there is none.
+    """Tell whether a password is the hash's: never, but as late, for NO_HASH.
 
     `pair`: the digest of what wrong guesses are counted by; too many raise 429.
     The session must be outside a transaction, and is inside one afterwards if the
     password is right.
     """
-    guess, known = password.encode(), (hashed or NO_HASH).encode()
+    guess = password.encode()
     await refuse_too_many(session, pair)
     await clean_up(session)  # before any lock that another login may wait for
     await session.commit()  # no connection is held while it is hashed
-    right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], known)
+    right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], hashed.encode())
     # Many may have been hashed at once. One after another they are counted now, and
     # beyond the limit a right guess is refused like a wrong one: it tells nothing.
     if not IS_SQLITE:  # where transactions are one after another anyway
         await session.exec(select(func.pg_advisory_xact_lock(int(pair[:15], 16))))
     failed = await refuse_too_many(session, pair)
     # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
-    if right and hashed and len(guess) <= 72:
+    if right and len(guess) <= 72:
         mine = col(LoginAttempt.pair_hash) == pair
         await session.exec(delete(LoginAttempt).where(mine))
         return True
@@ -1008,12 +1008,12 @@ async def log_in(session: AsyncSession, grant: PasswordGrant, address: str) -> T
     with suppress(ValidationError):
         email = EMAIL.validate_python(email)
     user = next(iter(await fetch(ACTIVE_USER, None, email=email)), None)
-    known = user.hashed_password if user else None
+    known = user.hashed_password if user else NO_HASH
     pair = digest(f"login {email} {address}")
     right = await check_password(session, pair, address, grant.password, known)
     if not user or not right:
         raise OAuth2Error("invalid_grant", 400, "Wrong email or password")
-    hashed = user.hashed_password
+    hashed = known
     if hashed[:7] != NO_HASH[:7]:  # BCRYPT_ROUNDS has changed since it was made
         await session.commit()
         hashed = await hash_password(grant.password, address)
