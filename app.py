@@ -40,14 +40,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import (
-    BeforeValidator,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import aliased
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -111,17 +105,6 @@ ORIGIN = (
 )
 
 
-def read_origins(text: str | list[str]) -> list[str]:
-    """Return the origins of a list with commas; a slash behind one does no harm."""
-    parts = text.split(",") if isinstance(text, str) else text
-    origins = [part.strip().removesuffix("/") for part in parts]
-    if not all(re.fullmatch(ORIGIN, origin) for origin in origins):
-        raise ValueError(
-            "Each must look like https://a.example or http://localhost:3000"
-        )
-    return origins
-
-
 class Settings(BaseSettings):
     """What differs between installations; the README explains each."""
 
@@ -146,9 +129,15 @@ class Settings(BaseSettings):
     bcrypt_rounds: int = Field(default=12, ge=4, le=31)  # 1 more: twice the time
     max_failed_logins: int = Field(default=10, ge=0, le=1000)  # in 15 minutes; 0: off
     max_body_size: int = Field(default=2**18, ge=1)  # bytes
-    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(read_origins)] = ["*"]
+    cors_origins: str = "*"
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = Field(default=None, repr=False)
+
+    @property
+    def origins(self) -> list[str]:
+        """The CORS_ORIGINS one by one; a slash behind one does no harm."""
+        parts = self.cors_origins.split(",")
+        return [part.strip().removesuffix("/") for part in parts]
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -163,6 +152,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "DATABASE_URL must look like sqlite:///file.db or "
                 "postgresql://user@host/db"
+            )
+        if not all(re.fullmatch(ORIGIN, origin) for origin in self.origins):
+            raise ValueError(
+                "CORS_ORIGINS: each must look like https://a.example or "
+                "http://localhost:3000"
             )
         if bool(self.first_superuser_email) != bool(self.first_superuser_password):
             raise ValueError(
@@ -967,8 +961,8 @@ HANDLERS: Any = {Exception: failed, StarletteHTTPException: refused}
 app.add_middleware(ExceptionMiddleware, handlers=HANDLERS)
 app.add_middleware(
     CORSMiddleware,
-    allow_origins=settings.cors_origins,
-    allow_credentials="*" not in settings.cors_origins,
+    allow_origins=settings.origins,
+    allow_credentials="*" not in settings.origins,
     allow_methods=["*"],
     allow_headers=["*"],
     expose_headers=["Link", "Retry-After"],
