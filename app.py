@@ -583,11 +583,6 @@ def unauthorized() -> HTTPException:
     return HTTPException(401, "Log in: no valid access token was sent", headers)
 
 
-def not_found() -> HTTPException:
-    """Return the error for what is not there, or not for the caller to see."""
-    return HTTPException(404, "Not found")
-
-
 AUTH_PATH = f"{settings.api_v1_prefix}/auth"
 TOKEN_URL = f"{AUTH_PATH}/token".removeprefix("/")  # relative: right under a root path
 oauth2 = OAuth2PasswordBearer(TOKEN_URL, refreshUrl=TOKEN_URL, auto_error=False)
@@ -692,7 +687,7 @@ async def fetch_one(
     """Return the one row that `fetch` finds; what the caller may not see is 404."""
     rows = await fetch(statement, token, **values)
     if not rows:
-        raise not_found()
+        raise HTTPException(404, "Not found")
     return rows[0]
 
 
@@ -714,8 +709,9 @@ async def load[T: SQLModel](
     statement = statement.execution_options(populate_existing=True)
     found = (await session.exec(statement, params=values)).first()
     if found is None:
-        alive = token is None or (await session.exec(CALLER, params=values)).first()
-        raise not_found() if alive else unauthorized()
+        if token and not (await session.exec(CALLER, params=values)).first():
+            raise unauthorized()
+        raise HTTPException(404, "Not found")
     return found
 
 
