@@ -42,7 +42,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import aliased
 from sqlalchemy.util.concurrency import greenlet_spawn
 from sqlmodel import SQLModel, bindparam, col, delete, func, insert, or_, select, update
@@ -298,28 +298,25 @@ class OnePerRequest(sa.AsyncAdaptedQueuePool):
         return connection
 
 
-def make_engine(**options: Any) -> AsyncEngine:
-    """Return an engine with a pool of connections; requests wait for one in line."""
-    defaults = {
-        "echo": settings.debug,
-        "hide_parameters": True,  # in the log and in errors
-        "connect_args": connect_args,
-        "poolclass": OnePerRequest,
-        "pool_size": settings.database_pool_size,
-        "max_overflow": 0,
-        "pool_timeout": settings.database_timeout,
-    }
-    return create_async_engine(engine_url, **defaults | options)
-
-
+pool: dict[str, Any] = {  # of connections; requests wait for one in line
+    "echo": settings.debug,
+    "hide_parameters": True,  # in the log and in errors
+    "connect_args": connect_args,
+    "poolclass": OnePerRequest,
+    "pool_size": settings.database_pool_size,
+    "max_overflow": 0,
+    "pool_timeout": settings.database_timeout,
+}
 # For lone statements, each a transaction of its own: BEGIN, COMMIT and ROLLBACK around
 # it would be round trips for nothing.
-autocommit = make_engine(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+autocommit = create_async_engine(
+    engine_url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True, **pool
+)
 
 if IS_SQLITE:
     # SQLite has one writer at a time. Here transactions wait in line for a connection;
     # the file's lock, where who waits longest may lose, is for other processes.
-    engine = migrating = make_engine(pool_size=1)
+    engine = migrating = create_async_engine(engine_url, **pool | {"pool_size": 1})
     if in_memory:  # the database is its one connection
         autocommit = engine
 
