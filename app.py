@@ -886,11 +886,11 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
     if is_oauth2(request):
         first = error.errors()[0]
-        unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
-        code = "unsupported_grant_type" if unknown else "invalid_request"
         name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
-        detail = f"{name} is {'not known' if unknown else 'missing or not valid'}"
-        return await refused(request, OAuth2Error(code, 400, detail))
+        wrong = HTTPException(400, f"{name} is missing or not valid")
+        if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
+            wrong = OAuth2Error("unsupported_grant_type", 400, f"{name} is not known")
+        return await refused(request, wrong)
     errors: list[dict[str, Any]] = []
     for e in error.errors():
         # The name of an unknown field, too, is what was sent.
@@ -913,29 +913,30 @@ def taken(error: Exception) -> str:
 @app.exception_handler(sa.exc.IntegrityError)
 async def failed(request: Request, error: Exception) -> Response:
     """Answer what the database refused or could not do, and mistakes of ours."""
-    code, cause, status = error_code(error), getattr(error, "orig", error), 400
+    code, cause = error_code(error), getattr(error, "orig", error)
+    answer: HTTPException
     if is_outage(error):
         log.warning("Answered 503: %s", reason(error))
         detail, wait = "The service is busy, try again", {"Retry-After": "1"}
-        busy = OAuth2Error("temporarily_unavailable", 503, detail, wait)
-        return await refused(request, busy)
-    if code in TAKEN:
-        detail = f"{taken(cause)} already registered"
+        answer = OAuth2Error("temporarily_unavailable", 503, detail, wait)
+    elif code in TAKEN:
+        answer = HTTPException(400, f"{taken(cause)} already registered")
     elif code in DANGLING:
         if token := getattr(request.state, "token", None):
             await fetch(CALLER, token)  # the caller's own row may be gone: 401
-        detail = "It refers to what is not there, or is still in use"
+        answer = HTTPException(
+            400, "It refers to what is not there, or is still in use"
+        )
     elif isinstance(error, sa.exc.IntegrityError):
-        detail = "It breaks a rule of the database"
+        answer = HTTPException(400, "It breaks a rule of the database")
     elif code.startswith(UNFIT) or isinstance(cause, ValueError | OverflowError):
-        detail = "It has a text or a number that cannot be stored"
+        answer = HTTPException(400, "It has a text or a number that cannot be stored")
     elif isinstance(error, sa.orm.exc.StaleDataError):  # deleted meanwhile
-        status, detail = 404, "Not found"
+        answer = HTTPException(404, "Not found")
     else:
         log.exception("Unforeseen error at %s %s", request.method, request.url.path)
-        mistake = OAuth2Error("server_error", 500, "Internal server error")
-        return await refused(request, mistake)
-    return await refused(request, HTTPException(status, detail))
+        answer = OAuth2Error("server_error", 500, "Internal server error")
+    return await refused(request, answer)
 
 
 def head_as_get(app: ASGIApp) -> ASGIApp:
