@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
 from sqlalchemy.orm import Mapper
 from sqlmodel import Field, SQLModel
+from sqlmodel.main import OnDeleteType
 
 # --- Columns
 
@@ -59,26 +60,14 @@ class Record(Timestamps):
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
-def reference(
-    column: str,
-    *,
-    ondelete: Literal["CASCADE", "SET NULL", "RESTRICT"] = "CASCADE",
-    index: bool = True,
-    primary_key: bool = False,
-) -> Any:
-    """Return a field that refers to another table's row, whoever owns that.
+def reference(column: str, ondelete: OnDeleteType = "CASCADE", **options: Any) -> Any:
+    """Return a field that refers to another table's row by its column, as "users.id".
 
-    `column`: as "users.id". `ondelete`: what becomes of this row when that one is
-    deleted; by default it is deleted, too. `index`: without one, a deletion there reads
-    this whole table.
+    When that row is deleted, this one is, too, unless `ondelete` says otherwise. With
+    `index=False`, a deletion there reads this whole table.
     """
-    return Field(
-        foreign_key=column,
-        ondelete=ondelete,
-        index=index,
-        primary_key=primary_key,
-        sa_type=BigInt,
-    )
+    others: Any = {"index": True, "sa_type": BigInt} | options
+    return Field(foreign_key=column, ondelete=ondelete, **others)
 
 
 LIMITS = {
