@@ -1,12 +1,9 @@
 """A complete backend to read in a sitting: users, items and logins.
 
-FastAPI and SQLModel, on SQLite or PostgreSQL. Start it, then open /docs:
+FastAPI and SQLModel, on SQLite or PostgreSQL. `uv run fastapi dev app.py` starts it.
 
-    uv run fastapi dev app.py
-
-Read on from top to bottom: settings, database, passwords and tokens, who is
-calling, the application, then the routes. What is stored is in models.py, how the
-schema changes in migrations/.
+Read on from top to bottom: settings, database, passwords and tokens, who is calling,
+the application, the routes. What is stored is in models.py.
 """
 
 import ipaddress
@@ -185,7 +182,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 # asyncpg sends each word of a URL that it does not know to the server, as a setting.
-# These, of libpq and of hosting services, are left out: all is well without them.
+# These, of libpq and of hosting services, it can do without.
 LEFT_OUT = """
     channel_binding client_encoding connect_timeout fallback_application_name
     gssdelegation gssencmode keepalives keepalives_count keepalives_idle
@@ -206,10 +203,7 @@ NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-enco
 
 
 def postgresql_hosts() -> list[dict[str, Any]]:
-    """Return what asyncpg is told of each host that DATABASE_URL names.
-
-    Raises ValueError, without the URL, where it cannot be read.
-    """
+    """Return what asyncpg is told of each host that DATABASE_URL names."""
     address, _, query = settings.database_url.replace("#", "%23").partition("?")
     user, at, place = address.partition("://")[2].rpartition("@")
     place, slash, database = place.rstrip("/").partition("/")
@@ -285,8 +279,7 @@ held: ContextVar[sa.PoolProxiedConnection | None] = ContextVar("held", default=N
 class OnePerRequest(sa.AsyncAdaptedQueuePool):
     """A pool that gives a request one connection at a time.
 
-    Requests that wait for a second one may all wait for each other, and in a pool of
-    one a request waits for itself: an error at once, not one day under load.
+    Requests that wait for a second one may all wait for each other, one day under load.
     """
 
     def connect(self) -> sa.PoolProxiedConnection:
@@ -314,8 +307,8 @@ autocommit = create_async_engine(
 )
 
 if IS_SQLITE:
-    # SQLite has one writer at a time. Here transactions wait in line for a connection;
-    # the file's lock, where who waits longest may lose, is for other processes.
+    # SQLite has one writer at a time. Transactions wait in line for this connection: for
+    # the file's lock, those of other processes do, and who waits longest may lose.
     engine = migrating = create_async_engine(engine_url, **pool | {"pool_size": 1})
     if in_memory:  # the database is its one connection
         autocommit = engine
@@ -390,9 +383,9 @@ SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 ReaderDep = Annotated[AsyncSession, Depends(get_reader, scope="function")]
 
 
-# What databases call an error: SQLSTATEs of PostgreSQL, or the beginnings of them, and
-# SQLite's names. An outage passes: no connection, no room, a lock, a conflict of
-# transactions, a shutdown, a standby or a file that can only be read, a failing disk.
+# What databases call an error: SQLSTATEs of PostgreSQL, or their beginnings, and names
+# of SQLite. An outage passes: no connection, no room, a lock, a conflict of
+# transactions, a shutdown, a standby, a failing disk.
 OUTAGES: tuple[str, ...] = ("08", "25006", "40", "53", "55P03", "57", "58")
 OUTAGES += ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
 HOPELESS = ("SQLITE_CANTOPEN", "SQLITE_READONLY")  # at the start: no folder, no right
@@ -455,9 +448,8 @@ AddressDep = Annotated[str, Depends(get_address)]
 async def hash_in_turn[T](address: str, function: Callable[..., T], *args: Any) -> T:
     """Run a function of bcrypt in a thread, once a core is free; return its result.
 
-    Each address waits in a queue of its own, which gets all cores but one: a flood from
-    one address keeps nobody else waiting. Raises TimeoutError after HASHING_PATIENCE.
-    Call it outside of transactions: those who wait would hold every connection.
+    An address gets all cores but one, so that its flood keeps nobody else waiting. Call
+    it outside of transactions: those who wait would hold every connection.
     """
     queue = queues.setdefault(address, anyio.CapacityLimiter(max(1, CORES - 1)))
     with anyio.fail_after(HASHING_PATIENCE):
@@ -503,9 +495,8 @@ async def check_password(
 ) -> bool:
     """Tell whether a password is the hash's: never, but as late, for NO_HASH.
 
-    `pair`: the digest of what wrong guesses are counted by; too many raise 429.
-    The session must be outside a transaction, and is inside one afterwards if the
-    password is right.
+    `pair`: the digest of what wrong guesses are counted by; too many raise 429. If the
+    password is right, the session is in a transaction afterwards.
     """
     guess = password.encode()
     await refuse_too_many(session, pair)
@@ -606,8 +597,8 @@ TokenDep = Annotated[AccessToken, Depends(get_token)]
 # For what the public may see, too.
 OptionalTokenDep = Annotated[AccessToken | None, Depends(get_optional_token)]
 
-# The user whose login is alive: one row, or none. By aliases, so that a query for users
-# or logins can have it as a condition.
+# The user whose login is alive, or no row. By aliases, to be a condition in queries for
+# users or logins, too.
 Caller = aliased(User, name="caller")
 CallersLogin = aliased(Login, name="callers_login")
 CALLER = select(Caller).where(
@@ -624,8 +615,7 @@ IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # so is every ri
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
     """Return the SQL condition that the caller owns a row, or is a superuser.
 
-    `owner_id`: the row's column with the id of its owner. Combine it with `&` and `|`.
-    It is false where there is no caller: without a token, or when the login has ended.
+    Combine it with `&` and `|`. It is false without a token, or with an ended login.
     """
     return or_(owner_id == CALLER_ID, IS_SUPERUSER)
 
@@ -633,9 +623,8 @@ def visible(owner_id: Any) -> sa.ColumnElement[bool]:
 def insert_own(table: type[SQLModel], body: type[SQLModel], owner_id: Any) -> Any:
     """Return the statement that stores a row of the caller's, and returns it.
 
-    `table`: its model. `body`: the model of the request's body, whose fields are the
-    statement's parameters. `owner_id`: the column that gets the caller's id. Like any
-    statement on CALLER, it finds nothing where there is no caller.
+    Its parameters are the fields of `body`; `owner_id` is the column for the caller's
+    id. Where there is no caller, it stores nothing.
     """
     columns = {name: getattr(table, name) for name in body.model_fields}
     values = [bindparam(name, type_=column.type) for name, column in columns.items()]
@@ -657,9 +646,8 @@ async def fetch(
 ) -> Rows:
     """Run one statement as a transaction of its own and return its rows.
 
-    `values` are for its parameters. Raises 401 if it finds nothing for a token whose
-    login has ended. Made for short queries: no session, whose objects are made to be
-    changed, and one greenlet to connect, execute and fetch. It halves their cost.
+    Raises 401 if it finds nothing for a token whose login has ended. Without a session,
+    and with one greenlet to connect, execute and fetch, it costs half as much.
     """
 
     def run() -> Rows:
@@ -716,8 +704,7 @@ PageDep = Annotated[Page, Query()]
 def page_of(statement: sa.Select[Any], sort: str, *, first: bool) -> sa.Select[Any]:
     """Return a statement for a page of another's rows, and one row more.
 
-    `sort`: the name of a column that is never null, with `-` for descending order.
-    Rows with equal values follow one another by id, so that the order is complete.
+    `sort`: a column's name, with `-` for descending; rows of equal values go by id.
     """
     columns = statement.selected_columns
     column, id_ = columns[sort.removeprefix("-")], columns["id"]
@@ -842,10 +829,7 @@ LINK: Any = {200: {"headers": {"Link": {"schema": {"type": "string"}}}}}
 
 
 def new_router(name: str, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Return a router of the app for all below `/api/v1/{name}`.
-
-    `errors`: what its routes may answer, beside those that any route may.
-    """
+    """Return a router for `/api/v1/{name}`, whose routes may answer these errors."""
     router = APIRouter(
         prefix=f"{settings.api_v1_prefix}/{name}",
         tags=[name],
@@ -946,8 +930,7 @@ def head_as_get(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-# FastAPI's own handler of Exception raises it again, and the server then closes the
-# connection, losing the client's next request.
+# FastAPI's own handler of Exception raises it again, and the server hangs up.
 HANDLERS: Any = {Exception: failed, StarletteHTTPException: refused}
 app.add_middleware(ExceptionMiddleware, handlers=HANDLERS)
 app.add_middleware(
@@ -1071,8 +1054,8 @@ USERS = select(User).where(IS_SUPERUSER)
 # What only a superuser may change: all that nobody may choose when they register.
 RIGHTS = UserUpdate.model_fields.keys() - UserCreate.model_fields.keys()
 RIGHTS -= {"current_password"}
-# The rows that go with a user, some at a time: all in one statement could take longer
-# than a statement may. Logins go last, with the user: the caller's may be among them.
+# The rows that go with a user, some at a time: all at once could take too long. Logins
+# go last, with the user: the caller's may be among them.
 SOME = 1000  # rows
 SOME_OF_THEIRS = [
     delete(table)
@@ -1157,8 +1140,7 @@ async def update_user(
         await session.commit()
     if password:
         sent["hashed_password"] = await hash_password(password, address)
-    # Only now the transaction: none is open while a password is hashed. That took its
-    # time, so that who is calling, and what they may, is asked again.
+    # Hashing took its time: who is calling, and what they may, is asked again.
     user = await lock_user(session, token, id_)
     if needs_proof and user.hashed_password != old.hashed_password:
         raise wrong
