@@ -307,8 +307,8 @@ autocommit = create_async_engine(
 )
 
 if IS_SQLITE:
-    # SQLite has one writer at a time. Transactions wait in line for this connection: for
-    # the file's lock, those of other processes do, and who waits longest may lose.
+    # SQLite has one writer at a time. Transactions wait in line for this connection;
+    # other processes wait for the file's lock, where the first may be the last.
     engine = migrating = create_async_engine(engine_url, **pool | {"pool_size": 1})
     if in_memory:  # the database is its one connection
         autocommit = engine
