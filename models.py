@@ -370,9 +370,7 @@ class Page(SQLModel):
     after: int | None = Field(
         default=None, ge=0, le=MAX_ID, description="Start behind the row with this id"
     )
-    sort: Annotated[str, pydantic.Field(pattern="^-?id$")] = Field(
-        default="id", description="-id: newest first"
-    )
+    sort: str = pydantic.Field("id", pattern="^-?id$", description="-id: newest first")
 
 
 class Problem(SQLModel):
