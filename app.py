@@ -741,11 +741,10 @@ async def fetch_page(
 async def migrate() -> None:
     """Run the migrations that the database has not seen: see migrations/env.py."""
     async with migrating.connect() as connection:
-        attributes = {
-            "connection": connection.sync_connection,
-            "only_if_empty": IS_DEVELOPMENT,
-        }
-        config = Config(attributes=attributes)
+        sync = connection.sync_connection
+        config = Config(
+            attributes={"connection": sync, "only_if_empty": IS_DEVELOPMENT}
+        )
         folder = str(HERE / "migrations").replace("%", "%%")
         config.set_main_option("script_location", folder)
         try:
@@ -1012,11 +1011,11 @@ async def renew(session: AsyncSession, refresh_token: str) -> Token:
         .values(secret_hash=digest(secret), expires_at=now + REFRESH_LIFETIME)
         .returning(col(Login.user_id))
     )
-    if row := rotated.first():
-        return make_token(row[0], family, secret)
+    if owner := rotated.scalar():
+        return make_token(owner, family, secret)
     ended = await session.exec(delete(Login).where(login).returning(col(Login.user_id)))
-    if row := ended.first():
-        log.warning("A spent refresh token was shown: a login of user %s ended", row[0])
+    if owner := ended.scalar():
+        log.warning("A spent refresh token was shown: a login of user %s ended", owner)
     await session.commit()  # the error below would undo it
     detail = "Log in again: the refresh token is not valid"
     raise OAuth2Error("invalid_grant", 400, detail)
