@@ -405,8 +405,7 @@ def is_outage(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """Return the first line of what an error says: PostgreSQL's next may show a row."""
-    wrapped = getattr(error, "orig", None)
-    cause = (wrapped and wrapped.__cause__) or wrapped or error  # the driver's own
+    cause = getattr(error, "driver_exception", error)
     return str(cause).partition("\n")[0] or type(cause).__name__
 
 
