@@ -616,11 +616,10 @@ def insert_own(table: type[SQLModel], body: type[SQLModel], owner_id: Any) -> An
     Its parameters are the fields of `body`; `owner_id` is the column for the caller's
     id. Where there is no caller, it stores nothing.
     """
-    columns = {name: getattr(table, name) for name in body.model_fields}
-    values = [bindparam(name, type_=column.type) for name, column in columns.items()]
+    columns = [getattr(table, name) for name in body.model_fields]
+    values = [bindparam(column.key, type_=column.type) for column in columns]
     row = CALLER.with_only_columns(*values, col(Caller.id))
-    new = insert(table).from_select([*columns.values(), owner_id], row)
-    return new.returning(table)
+    return insert(table).from_select([*columns, owner_id], row).returning(table)
 
 
 def callers_parameters(token: AccessToken | None) -> dict[str, Any]:
