@@ -175,7 +175,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 # asyncpg sends each word of a URL that it does not know to the server, as a setting.
-# These, of libpq and of hosting services, it can do without.
+# These, of libpq and of hosting services, are left out: it does well without.
 LEFT_OUT = """
     channel_binding client_encoding connect_timeout fallback_application_name
     gssdelegation gssencmode keepalives keepalives_count keepalives_idle
@@ -299,7 +299,7 @@ autocommit = create_async_engine(
 
 if IS_SQLITE:
     # SQLite has one writer at a time. Transactions wait in line for this connection;
-    # other processes wait for the file's lock, where the first may be the last.
+    # other processes wait for the file's lock, in no order.
     engine = migrating = create_async_engine(engine_url, **pool | {"pool_size": 1})
     if in_memory:  # the database is its one connection
         autocommit = engine
