@@ -1,12 +1,9 @@
 """A complete backend to read in a sitting: users, items and logins.
 
-FastAPI and SQLModel, on SQLite or PostgreSQL. Start it, then open /docs:
+FastAPI and SQLModel, on SQLite or PostgreSQL. `uv run fastapi dev app.py` starts it.
 
-    uv run fastapi dev app.py
-
-Read on from top to bottom: settings, database, passwords and tokens, who is
-calling, the application, then the routes. What is stored is in models.py, how the
-schema changes in migrations/.
+Read on from top to bottom: settings, database, passwords and tokens, who is calling,
+the application, the routes. What is stored is in models.py.
 """
 
 import ipaddress
@@ -40,15 +37,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
-from pydantic import (
-    BeforeValidator,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import aliased
 from sqlalchemy.util.concurrency import greenlet_spawn
 from sqlmodel import SQLModel, bindparam, col, delete, func, insert, or_, select, update
@@ -101,25 +92,10 @@ def stop(problem: str) -> NoReturn:
 DATABASE_URLS = r"sqlite(\+\w+)?://(/[^?]*)?$|postgres(ql)?(\+\w+)?://"
 DEVELOPMENT_KEY = "a key that everybody knows: for development only"
 # `fastapi dev` sets the variable. Under any other command it does not count.
-IS_DEVELOPMENT = os.environ.get("FASTAPI_ENV") == "development" and sys.argv[1:2] == [
-    "dev"
-]
+IS_DEVELOPMENT = os.getenv("FASTAPI_ENV") == "development" and "dev" in sys.argv[1:2]
 # As browsers send them: lower case, no path, no port that is the scheme's default
-HOST = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]"
-ORIGIN = (
-    rf"\*|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://({HOST})(:[1-9]\d{{0,4}})?"
-)
-
-
-def read_origins(text: str | list[str]) -> list[str]:
-    """Return the origins of a list with commas; a slash behind one does no harm."""
-    parts = text.split(",") if isinstance(text, str) else text
-    origins = [part.strip().removesuffix("/") for part in parts]
-    if not all(re.fullmatch(ORIGIN, origin) for origin in origins):
-        raise ValueError(
-            "Each must look like https://a.example or http://localhost:3000"
-        )
-    return origins
+HOST = r"([a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
+ORIGIN = rf"\*|(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://{HOST}"
 
 
 class Settings(BaseSettings):
@@ -146,9 +122,15 @@ class Settings(BaseSettings):
     bcrypt_rounds: int = Field(default=12, ge=4, le=31)  # 1 more: twice the time
     max_failed_logins: int = Field(default=10, ge=0, le=1000)  # in 15 minutes; 0: off
     max_body_size: int = Field(default=2**18, ge=1)  # bytes
-    cors_origins: Annotated[list[str], NoDecode, BeforeValidator(read_origins)] = ["*"]
+    cors_origins: str = "*"
     first_superuser_email: Email | None = None
     first_superuser_password: Password | None = Field(default=None, repr=False)
+
+    @property
+    def origins(self) -> list[str]:
+        """The CORS_ORIGINS one by one; a slash behind one does no harm."""
+        parts = self.cors_origins.split(",")
+        return [part.strip().removesuffix("/") for part in parts]
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -164,6 +146,8 @@ class Settings(BaseSettings):
                 "DATABASE_URL must look like sqlite:///file.db or "
                 "postgresql://user@host/db"
             )
+        if not all(re.fullmatch(ORIGIN, origin) for origin in self.origins):
+            raise ValueError("CORS_ORIGINS: each must look like https://a.example:8000")
         if bool(self.first_superuser_email) != bool(self.first_superuser_password):
             raise ValueError(
                 "FIRST_SUPERUSER_EMAIL and FIRST_SUPERUSER_PASSWORD need one another"
@@ -191,7 +175,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 # asyncpg sends each word of a URL that it does not know to the server, as a setting.
-# These, of libpq and of hosting services, are left out: all is well without them.
+# These, of libpq and of hosting services, are left out: it does well without.
 LEFT_OUT = """
     channel_binding client_encoding connect_timeout fallback_application_name
     gssdelegation gssencmode keepalives keepalives_count keepalives_idle
@@ -212,10 +196,7 @@ NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-enco
 
 
 def postgresql_hosts() -> list[dict[str, Any]]:
-    """Return what asyncpg is told of each host that DATABASE_URL names.
-
-    Raises ValueError, without the URL, where it cannot be read.
-    """
+    """Return what asyncpg is told of each host that DATABASE_URL names."""
     address, _, query = settings.database_url.replace("#", "%23").partition("?")
     user, at, place = address.partition("://")[2].rpartition("@")
     place, slash, database = place.rstrip("/").partition("/")
@@ -291,41 +272,35 @@ held: ContextVar[sa.PoolProxiedConnection | None] = ContextVar("held", default=N
 class OnePerRequest(sa.AsyncAdaptedQueuePool):
     """A pool that gives a request one connection at a time.
 
-    Requests that wait for a second one may all wait for each other, and in a pool of
-    one a request waits for itself: an error at once, not one day under load.
+    Requests that wait for a second one may all wait for each other, one day under load.
     """
 
     def connect(self) -> sa.PoolProxiedConnection:
         if (other := held.get()) and other.is_valid:
-            raise RuntimeError(
-                "This request has a connection: use its session, or end it"
-            )
+            raise RuntimeError("This request has a connection: use or end its session")
         held.set(connection := super().connect())
         return connection
 
 
-def make_engine(**options: Any) -> AsyncEngine:
-    """Return an engine with a pool of connections; requests wait for one in line."""
-    defaults = {
-        "echo": settings.debug,
-        "hide_parameters": True,  # in the log and in errors
-        "connect_args": connect_args,
-        "poolclass": OnePerRequest,
-        "pool_size": settings.database_pool_size,
-        "max_overflow": 0,
-        "pool_timeout": settings.database_timeout,
-    }
-    return create_async_engine(engine_url, **defaults | options)
-
-
+pool: dict[str, Any] = {  # of connections; requests wait for one in line
+    "echo": settings.debug,
+    "hide_parameters": True,  # in the log and in errors
+    "connect_args": connect_args,
+    "poolclass": OnePerRequest,
+    "pool_size": settings.database_pool_size,
+    "max_overflow": 0,
+    "pool_timeout": settings.database_timeout,
+}
 # For lone statements, each a transaction of its own: BEGIN, COMMIT and ROLLBACK around
 # it would be round trips for nothing.
-autocommit = make_engine(isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+autocommit = create_async_engine(
+    engine_url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True, **pool
+)
 
 if IS_SQLITE:
-    # SQLite has one writer at a time. Here transactions wait in line for a connection;
-    # the file's lock, where who waits longest may lose, is for other processes.
-    engine = migrating = make_engine(pool_size=1)
+    # SQLite has one writer at a time. Transactions wait in line for this connection;
+    # other processes wait for the file's lock, in no order.
+    engine = migrating = create_async_engine(engine_url, **pool | {"pool_size": 1})
     if in_memory:  # the database is its one connection
         autocommit = engine
 
@@ -399,11 +374,11 @@ SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 ReaderDep = Annotated[AsyncSession, Depends(get_reader, scope="function")]
 
 
-# What databases call an error: SQLSTATEs of PostgreSQL, or the beginnings of them, and
-# SQLite's names. An outage passes: no connection, no room, a lock, a conflict of
-# transactions, a shutdown, a standby or a file that can only be read, a failing disk.
-OUTAGES = ("08", "25006", "40", "53", "55P03", "57", "58")
-SQLITE_OUTAGES = ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
+# What databases call an error: SQLSTATEs of PostgreSQL, or their beginnings, and names
+# of SQLite. An outage passes: no connection, no room, a lock, a conflict of
+# transactions, a shutdown, a standby, a failing disk.
+OUTAGES: tuple[str, ...] = ("08", "25006", "40", "53", "55P03", "57", "58")
+OUTAGES += ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
 HOPELESS = ("SQLITE_CANTOPEN", "SQLITE_READONLY")  # at the start: no folder, no right
 TAKEN = ("23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY")
 DANGLING = ("23503", "23001", "SQLITE_CONSTRAINT_FOREIGNKEY")
@@ -425,14 +400,12 @@ def is_outage(error: Exception) -> bool:
     lost = error.statement is None or error.connection_invalidated  # or never had
     # A migration changed a table meanwhile: the next time, the statement is read anew.
     stale = type(error.orig).__name__ == "InvalidCachedStatementError"
-    codes = OUTAGES + SQLITE_OUTAGES + HOPELESS
-    return lost or stale or error_code(error).startswith(codes)
+    return lost or stale or error_code(error).startswith(OUTAGES + HOPELESS)
 
 
 def reason(error: Exception) -> str:
     """Return the first line of what an error says: PostgreSQL's next may show a row."""
-    wrapped = getattr(error, "orig", None)
-    cause = (wrapped and wrapped.__cause__) or wrapped or error  # the driver's own
+    cause = getattr(error, "driver_exception", error)
     return str(cause).partition("\n")[0] or type(cause).__name__
 
 
@@ -465,9 +438,8 @@ AddressDep = Annotated[str, Depends(get_address)]
 async def hash_in_turn[T](address: str, function: Callable[..., T], *args: Any) -> T:
     """Run a function of bcrypt in a thread, once a core is free; return its result.
 
-    Each address waits in a queue of its own, which gets all cores but one: a flood from
-    one address keeps nobody else waiting. Raises TimeoutError after HASHING_PATIENCE.
-    Call it outside of transactions: those who wait would hold every connection.
+    An address gets all cores but one, so that its flood keeps nobody else waiting. Call
+    it outside of transactions: those who wait would hold every connection.
     """
     queue = queues.setdefault(address, anyio.CapacityLimiter(max(1, CORES - 1)))
     with anyio.fail_after(HASHING_PATIENCE):
@@ -509,26 +481,25 @@ async def refuse_too_many(session: AsyncSession, pair: str) -> int:
 
 
 async def check_password(
-    session: AsyncSession, pair: str, address: str, password: str, hashed: str | None
+    session: AsyncSession, pair: str, address: str, password: str, hashed: str
 ) -> bool:
-    """Tell whether a password is the hash's, in the same time if there is none.
+    """Tell whether a password is the hash's: never, but as late, for NO_HASH.
 
-    `pair`: the digest of what wrong guesses are counted by; too many raise 429.
-    The session must be outside a transaction, and is inside one afterwards if the
-    password is right.
+    `pair`: the digest of what wrong guesses are counted by; too many raise 429. If the
+    password is right, the session is in a transaction afterwards.
     """
-    guess, known = password.encode(), (hashed or NO_HASH).encode()
+    guess = password.encode()
     await refuse_too_many(session, pair)
     await clean_up(session)  # before any lock that another login may wait for
     await session.commit()  # no connection is held while it is hashed
-    right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], known)
+    right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], hashed.encode())
     # Many may have been hashed at once. One after another they are counted now, and
     # beyond the limit a right guess is refused like a wrong one: it tells nothing.
     if not IS_SQLITE:  # where transactions are one after another anyway
         await session.exec(select(func.pg_advisory_xact_lock(int(pair[:15], 16))))
     failed = await refuse_too_many(session, pair)
     # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
-    if right and hashed and len(guess) <= 72:
+    if right and len(guess) <= 72:
         mine = col(LoginAttempt.pair_hash) == pair
         await session.exec(delete(LoginAttempt).where(mine))
         return True
@@ -569,11 +540,8 @@ def read_access_token(token: str, *, expired: bool = False) -> AccessToken | Non
 
     `expired`: accept it after its time too, to revoke the login behind it.
     """
-    options: Any = {
-        "require": ["sub", "iat", "exp", "sid"],
-        "verify_iat": False,  # the clock of the host that issued it may be ahead
-        "verify_exp": not expired,
-    }
+    options: Any = {"require": ["iat", "exp"], "verify_exp": not expired}
+    options["verify_iat"] = False  # the clock of the host that issued it may be ahead
     try:
         claims = jwt.decode(token, SECRET_KEY, ["HS256"], options)
         return AccessToken.model_validate(claims)
@@ -588,11 +556,6 @@ def unauthorized() -> HTTPException:
     """Return the error for every token that does not count (RFC 6750)."""
     headers = {"WWW-Authenticate": "Bearer"}
     return HTTPException(401, "Log in: no valid access token was sent", headers)
-
-
-def not_found() -> HTTPException:
-    """Return the error for what is not there, or not for the caller to see."""
-    return HTTPException(404, "Not found")
 
 
 AUTH_PATH = f"{settings.api_v1_prefix}/auth"
@@ -624,8 +587,8 @@ TokenDep = Annotated[AccessToken, Depends(get_token)]
 # For what the public may see, too.
 OptionalTokenDep = Annotated[AccessToken | None, Depends(get_optional_token)]
 
-# The user whose login is alive: one row, or none. By aliases, so that a query for users
-# or logins can have it as a condition.
+# The user whose login is alive, or no row. By aliases, to be a condition in queries for
+# users or logins, too.
 Caller = aliased(User, name="caller")
 CallersLogin = aliased(Login, name="callers_login")
 CALLER = select(Caller).where(
@@ -642,8 +605,7 @@ IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # so is every ri
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
     """Return the SQL condition that the caller owns a row, or is a superuser.
 
-    `owner_id`: the row's column with the id of its owner. Combine it with `&` and `|`.
-    It is false where there is no caller: without a token, or when the login has ended.
+    Combine it with `&` and `|`. It is false without a token, or with an ended login.
     """
     return or_(owner_id == CALLER_ID, IS_SUPERUSER)
 
@@ -651,15 +613,13 @@ def visible(owner_id: Any) -> sa.ColumnElement[bool]:
 def insert_own(table: type[SQLModel], body: type[SQLModel], owner_id: Any) -> Any:
     """Return the statement that stores a row of the caller's, and returns it.
 
-    `table`: its model. `body`: the model of the request's body, whose fields are the
-    statement's parameters. `owner_id`: the column that gets the caller's id. Like any
-    statement on CALLER, it finds nothing where there is no caller.
+    Its parameters are the fields of `body`; `owner_id` is the column for the caller's
+    id. Where there is no caller, it stores nothing.
     """
-    columns = {name: getattr(table, name) for name in body.model_fields}
-    values = [bindparam(name, type_=column.type) for name, column in columns.items()]
+    columns = [getattr(table, name) for name in body.model_fields]
+    values = [bindparam(column.key, type_=column.type) for column in columns]
     row = CALLER.with_only_columns(*values, col(Caller.id))
-    new = insert(table).from_select([*columns.values(), owner_id], row)
-    return new.returning(table)
+    return insert(table).from_select([*columns, owner_id], row).returning(table)
 
 
 def callers_parameters(token: AccessToken | None) -> dict[str, Any]:
@@ -675,23 +635,21 @@ async def fetch(
 ) -> Rows:
     """Run one statement as a transaction of its own and return its rows.
 
-    `values` are for its parameters. Raises 401 if it finds nothing for a token whose
-    login has ended. Made for short queries: no session, whose objects are made to be
-    changed, and one greenlet to connect, execute and fetch. It halves their cost.
+    Raises 401 if it finds nothing for a token whose login has ended. Without a session,
+    and with one greenlet to connect, execute and fetch, it costs half as much.
     """
 
-    def run(statement: sa.Executable) -> Rows:
+    def run() -> Rows:
         with autocommit.sync_engine.connect() as connection:
             rows = connection.execute(statement, values).all()
+            if not rows and token and not connection.execute(CALLER, values).first():
+                raise unauthorized()
             if not statement.is_select:
                 connection.commit()  # where the engine is not autocommit: in memory
             return rows
 
     values |= callers_parameters(token)
-    rows = await greenlet_spawn(run, statement)
-    if not rows and token and not await greenlet_spawn(run, CALLER):
-        raise unauthorized()
-    return rows
+    return await greenlet_spawn(run)
 
 
 async def fetch_one(
@@ -700,7 +658,7 @@ async def fetch_one(
     """Return the one row that `fetch` finds; what the caller may not see is 404."""
     rows = await fetch(statement, token, **values)
     if not rows:
-        raise not_found()
+        raise HTTPException(404, "Not found")
     return rows[0]
 
 
@@ -722,8 +680,9 @@ async def load[T: SQLModel](
     statement = statement.execution_options(populate_existing=True)
     found = (await session.exec(statement, params=values)).first()
     if found is None:
-        alive = token is None or (await session.exec(CALLER, params=values)).first()
-        raise not_found() if alive else unauthorized()
+        if token and not (await session.exec(CALLER, params=values)).first():
+            raise unauthorized()
+        raise HTTPException(404, "Not found")
     return found
 
 
@@ -734,8 +693,7 @@ PageDep = Annotated[Page, Query()]
 def page_of(statement: sa.Select[Any], sort: str, *, first: bool) -> sa.Select[Any]:
     """Return a statement for a page of another's rows, and one row more.
 
-    `sort`: the name of a column that is never null, with `-` for descending order.
-    Rows with equal values follow one another by id, so that the order is complete.
+    `sort`: a column's name, with `-` for descending; rows of equal values go by id.
     """
     columns = statement.selected_columns
     column, id_ = columns[sort.removeprefix("-")], columns["id"]
@@ -781,11 +739,10 @@ async def fetch_page(
 async def migrate() -> None:
     """Run the migrations that the database has not seen: see migrations/env.py."""
     async with migrating.connect() as connection:
-        attributes = {
-            "connection": connection.sync_connection,
-            "only_if_empty": IS_DEVELOPMENT,
-        }
-        config = Config(attributes=attributes)
+        sync = connection.sync_connection
+        config = Config(
+            attributes={"connection": sync, "only_if_empty": IS_DEVELOPMENT}
+        )
         folder = str(HERE / "migrations").replace("%", "%%")
         config.set_main_option("script_location", folder)
         try:
@@ -860,10 +817,7 @@ LINK: Any = {200: {"headers": {"Link": {"schema": {"type": "string"}}}}}
 
 
 def new_router(name: str, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Return a router of the app for all below `/api/v1/{name}`.
-
-    `errors`: what its routes may answer, beside those that any route may.
-    """
+    """Return a router for `/api/v1/{name}`, whose routes may answer these errors."""
     router = APIRouter(
         prefix=f"{settings.api_v1_prefix}/{name}",
         tags=[name],
@@ -901,11 +855,11 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
     if is_oauth2(request):
         first = error.errors()[0]
-        unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
-        code = "unsupported_grant_type" if unknown else "invalid_request"
         name = "grant_type" if first["loc"] == ("body",) else first["loc"][-1]
-        detail = f"{name} is {'not known' if unknown else 'missing or not valid'}"
-        return await refused(request, OAuth2Error(code, 400, detail))
+        wrong = HTTPException(400, f"{name} is missing or not valid")
+        if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
+            wrong = OAuth2Error("unsupported_grant_type", 400, f"{name} is not known")
+        return await refused(request, wrong)
     errors: list[dict[str, Any]] = []
     for e in error.errors():
         # The name of an unknown field, too, is what was sent.
@@ -928,49 +882,49 @@ def taken(error: Exception) -> str:
 @app.exception_handler(sa.exc.IntegrityError)
 async def failed(request: Request, error: Exception) -> Response:
     """Answer what the database refused or could not do, and mistakes of ours."""
-    code, cause, status = error_code(error), getattr(error, "orig", error), 400
+    code, cause = error_code(error), getattr(error, "orig", error)
+    answer: HTTPException
     if is_outage(error):
         log.warning("Answered 503: %s", reason(error))
         detail, wait = "The service is busy, try again", {"Retry-After": "1"}
-        busy = OAuth2Error("temporarily_unavailable", 503, detail, wait)
-        return await refused(request, busy)
-    if code in TAKEN:
-        detail = f"{taken(cause)} already registered"
+        answer = OAuth2Error("temporarily_unavailable", 503, detail, wait)
+    elif code in TAKEN:
+        answer = HTTPException(400, f"{taken(cause)} already registered")
     elif code in DANGLING:
         if token := getattr(request.state, "token", None):
             await fetch(CALLER, token)  # the caller's own row may be gone: 401
-        detail = "It refers to what is not there, or is still in use"
+        answer = HTTPException(
+            400, "It refers to what is not there, or is still in use"
+        )
     elif isinstance(error, sa.exc.IntegrityError):
-        detail = "It breaks a rule of the database"
+        answer = HTTPException(400, "It breaks a rule of the database")
     elif code.startswith(UNFIT) or isinstance(cause, ValueError | OverflowError):
-        detail = "It has a text or a number that cannot be stored"
+        answer = HTTPException(400, "It has a text or a number that cannot be stored")
     elif isinstance(error, sa.orm.exc.StaleDataError):  # deleted meanwhile
-        status, detail = 404, "Not found"
+        answer = HTTPException(404, "Not found")
     else:
         log.exception("Unforeseen error at %s %s", request.method, request.url.path)
-        mistake = OAuth2Error("server_error", 500, "Internal server error")
-        return await refused(request, mistake)
-    return await refused(request, HTTPException(status, detail))
+        answer = OAuth2Error("server_error", 500, "Internal server error")
+    return await refused(request, answer)
 
 
 def head_as_get(app: ASGIApp) -> ASGIApp:
     """Answer HEAD as GET (RFC 9110, 9.3.2); the server leaves out the body."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        is_head = scope.get("method") == "HEAD"
         await app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
     return answer
 
 
-# FastAPI's own handler of Exception raises it again, and the server then closes the
-# connection, losing the client's next request.
+# FastAPI's own handler of Exception raises it again, and the server hangs up.
 HANDLERS: Any = {Exception: failed, StarletteHTTPException: refused}
 app.add_middleware(ExceptionMiddleware, handlers=HANDLERS)
 app.add_middleware(
     CORSMiddleware,
-    allow_origins=settings.cors_origins,
-    allow_credentials="*" not in settings.cors_origins,
+    allow_origins=settings.origins,
+    allow_credentials="*" not in settings.origins,
     allow_methods=["*"],
     allow_headers=["*"],
     expose_headers=["Link", "Retry-After"],
@@ -1010,12 +964,12 @@ async def log_in(session: AsyncSession, grant: PasswordGrant, address: str) -> T
     with suppress(ValidationError):
         email = EMAIL.validate_python(email)
     user = next(iter(await fetch(ACTIVE_USER, None, email=email)), None)
-    known = user.hashed_password if user else None
+    known = user.hashed_password if user else NO_HASH
     pair = digest(f"login {email} {address}")
     right = await check_password(session, pair, address, grant.password, known)
     if not user or not right:
         raise OAuth2Error("invalid_grant", 400, "Wrong email or password")
-    hashed = user.hashed_password
+    hashed = known
     if hashed[:7] != NO_HASH[:7]:  # BCRYPT_ROUNDS has changed since it was made
         await session.commit()
         hashed = await hash_password(grant.password, address)
@@ -1055,11 +1009,11 @@ async def renew(session: AsyncSession, refresh_token: str) -> Token:
         .values(secret_hash=digest(secret), expires_at=now + REFRESH_LIFETIME)
         .returning(col(Login.user_id))
     )
-    if row := rotated.first():
-        return make_token(row[0], family, secret)
+    if owner := rotated.scalar():
+        return make_token(owner, family, secret)
     ended = await session.exec(delete(Login).where(login).returning(col(Login.user_id)))
-    if row := ended.first():
-        log.warning("A spent refresh token was shown: a login of user %s ended", row[0])
+    if owner := ended.scalar():
+        log.warning("A spent refresh token was shown: a login of user %s ended", owner)
     await session.commit()  # the error below would undo it
     detail = "Log in again: the refresh token is not valid"
     raise OAuth2Error("invalid_grant", 400, detail)
@@ -1086,10 +1040,9 @@ UserId = Id | Literal["me"]
 USER = select(User).where(User.id == bindparam("id"), visible(User.id))
 USERS = select(User).where(IS_SUPERUSER)
 # What only a superuser may change: all that nobody may choose when they register.
-RIGHTS = UserUpdate.model_fields.keys() - UserCreate.model_fields.keys()
-RIGHTS -= {"current_password"}
-# The rows that go with a user, some at a time: all in one statement could take longer
-# than a statement may. Logins go last, with the user: the caller's may be among them.
+RIGHTS = UserUpdate.model_fields.keys() - {*UserCreate.model_fields, "current_password"}
+# The rows that go with a user, some at a time: all at once could take too long. Logins
+# go last, with the user: the caller's may be among them.
 SOME = 1000  # rows
 SOME_OF_THEIRS = [
     delete(table)
@@ -1174,8 +1127,7 @@ async def update_user(
         await session.commit()
     if password:
         sent["hashed_password"] = await hash_password(password, address)
-    # Only now the transaction: none is open while a password is hashed. That took its
-    # time, so that who is calling, and what they may, is asked again.
+    # Hashing took its time: who is calling, and what they may, is asked again.
     user = await lock_user(session, token, id_)
     if needs_proof and user.hashed_password != old.hashed_password:
         raise wrong

@@ -1,9 +1,8 @@
 """The data of the service: what is stored, what comes in and what goes out.
 
-Users and items have a family of names each: `ThingBase` (what they share),
-`Thing` (the table), `ThingCreate` and `ThingUpdate` (request bodies) and `ThingPublic`
-(answers). A table is never a request body: SQLModel does not validate tables, and a
-client could choose its own id.
+`UserBase` is shared by `User` (the table), `UserCreate` (a request body) and
+`UserPublic` (an answer); items are alike. A table is never a request body: SQLModel
+does not validate tables, and a client could choose its own id.
 """
 
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
 from sqlalchemy.orm import Mapper
 from sqlmodel import Field, SQLModel
+from sqlmodel.main import OnDeleteType
 
 # --- Columns
 
@@ -59,26 +59,14 @@ class Record(Timestamps):
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
-def reference(
-    column: str,
-    *,
-    ondelete: Literal["CASCADE", "SET NULL", "RESTRICT"] = "CASCADE",
-    index: bool = True,
-    primary_key: bool = False,
-) -> Any:
-    """Return a field that refers to another table's row, whoever owns that.
+def reference(column: str, ondelete: OnDeleteType = "CASCADE", **options: Any) -> Any:
+    """Return a field that refers to another table's row by its column, as "users.id".
 
-    `column`: as "users.id". `ondelete`: what becomes of this row when that one is
-    deleted; by default it is deleted, too. `index`: without one, a deletion there reads
-    this whole table.
+    When that row is deleted, this one is, too, unless `ondelete` says otherwise. With
+    `index=False`, a deletion there reads this whole table.
     """
-    return Field(
-        foreign_key=column,
-        ondelete=ondelete,
-        index=index,
-        primary_key=primary_key,
-        sa_type=BigInt,
-    )
+    others: Any = {"index": True, "sa_type": BigInt} | options
+    return Field(foreign_key=column, ondelete=ondelete, **others)
 
 
 LIMITS = {
@@ -104,9 +92,9 @@ def rules(field: FieldInfo) -> list[Any]:
 def complete_table(mapper: Mapper[Any], model: type[SQLModel]) -> None:
     """Give each table, as it is defined, what nobody should have to remember.
 
-    A CHECK for each limit of a field: SQLite ignores the length of a VARCHAR. The limit
-    is part of its name, since Alembic compares names: so it sees a limit that changed.
-    Enums are stored as text: a type of their own would not change with the column.
+    A CHECK for each limit of a field: SQLite ignores the length of a VARCHAR. Its name
+    has the limit, since Alembic compares names. Enums are stored as text: a type of
+    their own would not change with the column.
     """
     table: Any = mapper.local_table
     # SQLite gives a deleted row's id to the next row, unless told not to.
@@ -141,11 +129,8 @@ def normal_email(text: str) -> str:
     """
     email = ""
     with suppress(EmailNotValidError):  # whose message may repeat what was sent
-        checked = validate_email(
-            text.lower(),
-            check_deliverability=False,
-            test_environment=True,  # .test, for trying things out
-        )
+        # In a "test environment" .test is allowed, to try things out, and no DNS asked.
+        checked = validate_email(text.lower(), test_environment=True)
         email = checked.normalized.lower()  # it may bring capitals back
     if not 0 < len(email) <= 254:
         message = "Enter an email address, as name@example.com"
@@ -173,14 +158,12 @@ def in_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
-        raise PydanticCustomError(
-            "moment", "Enter a time until the year 9999"
-        ) from None
+        raise PydanticCustomError("time", "Enter a time until the year 9999") from None
 
 
-# PostgreSQL stores no NUL, and a lone surrogate (JSON's "\ud800") cannot be encoded:
-# pydantic refuses it where it has a pattern or a length to check. A pattern stands
-# behind the lengths, or SQLModel would not see them.
+# PostgreSQL stores no NUL. pydantic refuses a lone surrogate (JSON's "\ud800") where it
+# has a pattern or a length to check. A pattern stands behind the lengths, or SQLModel
+# would not see them.
 STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")
 Text = Annotated[str, STORABLE]
 Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
@@ -321,10 +304,10 @@ def digest(text: str) -> str:
 class Login(Record, table=True):
     """One login, from password to logout; deleted when it ends, its tokens with it.
 
-    A refresh token is `family.secret`: the family stays for the login's life, the
-    secret is new at each use (RFC 9700). A known family with another secret is thus
-    a token that was spent before: a thief's or a victim's. Access tokens name the login
-    by its family (`sid`), which is random: it means nothing to another database.
+    A refresh token is `family.secret`: the family is the login's, the secret is new at
+    each use (RFC 9700). A known family with another secret is thus a token that was
+    spent before: a thief's or a victim's. Access tokens have the family as `sid`, which
+    means nothing to another database.
     """
 
     __tablename__ = "logins"
@@ -386,9 +369,7 @@ class Page(SQLModel):
     after: int | None = Field(
         default=None, ge=0, le=MAX_ID, description="Start behind the row with this id"
     )
-    sort: Annotated[str, pydantic.Field(pattern="^-?id$")] = Field(
-        default="id", description="-id: newest first"
-    )
+    sort: str = pydantic.Field("id", pattern="^-?id$", description="-id: newest first")
 
 
 class Problem(SQLModel):

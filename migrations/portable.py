@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from alembic import context
 from alembic.autogenerate.rewriter import Rewriter
 from alembic.ddl.sqlite import SQLiteImpl
-from alembic.operations.batch import ApplyBatchImpl
 from alembic.operations.ops import AddColumnOp, CreateCheckConstraintOp, DropColumnOp
 from alembic.util import CommandError
 from sqlalchemy.dialects import sqlite
@@ -61,15 +60,13 @@ class KeepIds(SQLiteImpl):
 
     __dialect__ = "sqlite"  # Alembic uses the last class that says so
 
-    def prep_table_for_batch(self, batch_impl: ApplyBatchImpl, table: sa.Table) -> None:
+    def prep_table_for_batch(self, batch_impl: Any, table: sa.Table) -> None:
         """Let the copy of a table number its rows as the table did, and go on."""
-        connection, copy = self.connection, batch_impl.new_table
-        names: Any = {"copy": batch_impl.temp_table_name, "table": table.name}
+        connection: Any = self.connection
+        names = {"copy": batch_impl.temp_table_name, "table": table.name}
         ddl = sa.text("SELECT sql FROM sqlite_master WHERE name = :table")
-        if connection is None or copy is None:
-            return  # not so: for mypy
         if "AUTOINCREMENT" in connection.execute(ddl, names).scalar_one():
-            copy.kwargs["sqlite_autoincrement"] = True
+            batch_impl.new_table.kwargs["sqlite_autoincrement"] = True
             last = "SELECT :copy, seq FROM sqlite_sequence WHERE name = :table"
             connection.execute(sa.text(f"INSERT INTO sqlite_sequence {last}"), names)
 
