@@ -1,9 +1,12 @@
 """A complete backend to read in a sitting: users, items and logins.
 
-FastAPI and SQLModel, on SQLite or PostgreSQL. `uv run fastapi dev app.py` starts it.
+FastAPI and SQLModel, on SQLite or PostgreSQL. Start it, then open /docs:
+
+    uv run fastapi dev app.py
 
 Read on from top to bottom: settings, database, passwords and tokens, who is calling,
-the application, the routes. What is stored is in models.py.
+the application, the routes. What is stored is in models.py, how the schema changes in
+migrations/.
 """
 
 import ipaddress
@@ -196,7 +199,10 @@ NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-enco
 
 
 def postgresql_hosts() -> list[dict[str, Any]]:
-    """Return what asyncpg is told of each host that DATABASE_URL names."""
+    """Return what asyncpg is told of each host that DATABASE_URL names.
+
+    Raises ValueError where it cannot be read.
+    """
     address, _, query = settings.database_url.replace("#", "%23").partition("?")
     user, at, place = address.partition("://")[2].rpartition("@")
     place, slash, database = place.rstrip("/").partition("/")
@@ -272,7 +278,7 @@ held: ContextVar[sa.PoolProxiedConnection | None] = ContextVar("held", default=N
 class OnePerRequest(sa.AsyncAdaptedQueuePool):
     """A pool that gives a request one connection at a time.
 
-    Requests that wait for a second one may all wait for each other, one day under load.
+    Under load, requests that wait for a second one would all wait for each other.
     """
 
     def connect(self) -> sa.PoolProxiedConnection:
@@ -438,8 +444,9 @@ AddressDep = Annotated[str, Depends(get_address)]
 async def hash_in_turn[T](address: str, function: Callable[..., T], *args: Any) -> T:
     """Run a function of bcrypt in a thread, once a core is free; return its result.
 
-    An address gets all cores but one, so that its flood keeps nobody else waiting. Call
-    it outside of transactions: those who wait would hold every connection.
+    An address gets all cores but one, so that its flood keeps nobody else waiting.
+    Raises TimeoutError after HASHING_PATIENCE. Call it outside of transactions: those
+    who wait would hold every connection.
     """
     queue = queues.setdefault(address, anyio.CapacityLimiter(max(1, CORES - 1)))
     with anyio.fail_after(HASHING_PATIENCE):
@@ -483,10 +490,10 @@ async def refuse_too_many(session: AsyncSession, pair: str) -> int:
 async def check_password(
     session: AsyncSession, pair: str, address: str, password: str, hashed: str
 ) -> bool:
-    """Tell whether a password is the hash's: never, but as late, for NO_HASH.
+    """Tell whether a password fits a hash; for NO_HASH it takes as long, and is wrong.
 
-    `pair`: the digest of what wrong guesses are counted by; too many raise 429. If the
-    password is right, the session is in a transaction afterwards.
+    `pair`: the digest of what wrong guesses are counted by; too many raise 429. Call it
+    outside of a transaction; if the password is right, the session is in one afterwards.
     """
     guess = password.encode()
     await refuse_too_many(session, pair)
@@ -605,7 +612,8 @@ IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # so is every ri
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
     """Return the SQL condition that the caller owns a row, or is a superuser.
 
-    Combine it with `&` and `|`. It is false without a token, or with an ended login.
+    `owner_id`: the column with the owner's id. Combine the condition with `&` and `|`.
+    It is false where nobody calls: without a token, or when the login has ended.
     """
     return or_(owner_id == CALLER_ID, IS_SUPERUSER)
 
@@ -613,8 +621,8 @@ def visible(owner_id: Any) -> sa.ColumnElement[bool]:
 def insert_own(table: type[SQLModel], body: type[SQLModel], owner_id: Any) -> Any:
     """Return the statement that stores a row of the caller's, and returns it.
 
-    Its parameters are the fields of `body`; `owner_id` is the column for the caller's
-    id. Where there is no caller, it stores nothing.
+    The fields of `body` are its parameters; the column `owner_id` gets the caller's id.
+    Where nobody calls, it stores nothing.
     """
     columns = [getattr(table, name) for name in body.model_fields]
     values = [bindparam(column.key, type_=column.type) for column in columns]
@@ -635,8 +643,9 @@ async def fetch(
 ) -> Rows:
     """Run one statement as a transaction of its own and return its rows.
 
-    Raises 401 if it finds nothing for a token whose login has ended. Without a session,
-    and with one greenlet to connect, execute and fetch, it costs half as much.
+    `values` are for its parameters. Raises 401 if it finds nothing for a token whose
+    login has ended. Without a session, and with one greenlet to connect, execute and
+    fetch, it costs half as much.
     """
 
     def run() -> Rows:

@@ -21,7 +21,6 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
 from sqlalchemy.orm import Mapper
 from sqlmodel import Field, SQLModel
-from sqlmodel.main import OnDeleteType
 
 # --- Columns
 
@@ -59,11 +58,16 @@ class Record(Timestamps):
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
-def reference(column: str, ondelete: OnDeleteType = "CASCADE", **options: Any) -> Any:
+def reference(
+    column: str,
+    ondelete: Literal["CASCADE", "SET NULL", "RESTRICT"] = "CASCADE",
+    **options: Any,
+) -> Any:
     """Return a field that refers to another table's row by its column, as "users.id".
 
-    When that row is deleted, this one is, too, unless `ondelete` says otherwise. With
-    `index=False`, a deletion there reads this whole table.
+    `ondelete`: what happens to this row when that one is deleted; by default it is
+    deleted, too. `options`: of SQLModel's Field. With `index=False`, each deletion there
+    would read this whole table.
     """
     others: Any = {"index": True, "sa_type": BigInt} | options
     return Field(foreign_key=column, ondelete=ondelete, **others)
@@ -129,8 +133,11 @@ def normal_email(text: str) -> str:
     """
     email = ""
     with suppress(EmailNotValidError):  # whose message may repeat what was sent
-        # In a "test environment" .test is allowed, to try things out, and no DNS asked.
-        checked = validate_email(text.lower(), test_environment=True)
+        checked = validate_email(
+            text.lower(),
+            check_deliverability=False,
+            test_environment=True,  # .test, for trying things out
+        )
         email = checked.normalized.lower()  # it may bring capitals back
     if not 0 < len(email) <= 254:
         message = "Enter an email address, as name@example.com"
