@@ -411,7 +411,7 @@ def is_outage(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """Return the first line of what an error says: PostgreSQL's next may show a row."""
-    cause = getattr(error, "driver_exception", error)
+    cause = getattr(error, "orig", None) or error
     return str(cause).partition("\n")[0] or type(cause).__name__
 
 
@@ -493,7 +493,7 @@ async def check_password(
     """Tell whether a password fits a hash; for NO_HASH it takes as long, and is wrong.
 
     `pair`: the digest of what wrong guesses are counted by; too many raise 429. Call it
-    outside of a transaction; if the password is right, the session is in one afterwards.
+    outside of a transaction; after a right password, the session is in one.
     """
     guess = password.encode()
     await refuse_too_many(session, pair)

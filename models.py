@@ -66,7 +66,7 @@ def reference(
     """Return a field that refers to another table's row by its column, as "users.id".
 
     `ondelete`: what happens to this row when that one is deleted; by default it is
-    deleted, too. `options`: of SQLModel's Field. With `index=False`, each deletion there
+    deleted, too. `options`: of SQLModel's Field. Without its index, each deletion there
     would read this whole table.
     """
     others: Any = {"index": True, "sa_type": BigInt} | options

@@ -33,7 +33,7 @@ def migrate(connection: Connection) -> None:
             for frame in traceback.extract_tb(error.__traceback__):
                 file = Path(frame.filename)
                 if file.parent.name == "versions":  # a migration has failed
-                    cause = getattr(error, "driver_exception", error)
+                    cause = getattr(error, "orig", None) or error
                     reason = str(cause).partition("\n")[0]  # a DETAIL would show a row
                     place = f"migrations/versions/{file.name}:{frame.lineno}"
                     raise CommandError(f"{place}: {reason}") from error
