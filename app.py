@@ -284,7 +284,8 @@ class OnePerRequest(sa.AsyncAdaptedQueuePool):
     def connect(self) -> sa.PoolProxiedConnection:
         if (other := held.get()) and other.is_valid:
             raise RuntimeError("This request has a connection: use or end its session")
-        held.set(connection := super().connect())
+        connection = super().connect()
+        held.set(connection)
         return connection
 
 
@@ -500,9 +501,9 @@ async def check_password(
     await clean_up(session)  # before any lock that another login may wait for
     await session.commit()  # no connection is held while it is hashed
     right = await hash_in_turn(address, bcrypt.checkpw, guess[:72], hashed.encode())
-    # Many may have been hashed at once. One after another they are counted now, and
-    # beyond the limit a right guess is refused like a wrong one: it tells nothing.
-    if not IS_SQLITE:  # where transactions are one after another anyway
+    # Many may have been hashed at once. Now they are counted one after another. Beyond
+    # the limit a right guess is refused like a wrong one, so that it tells nothing.
+    if not IS_SQLITE:  # which has one transaction at a time anyway
         await session.exec(select(func.pg_advisory_xact_lock(int(pair[:15], 16))))
     failed = await refuse_too_many(session, pair)
     # bcrypt reads 72 bytes: a longer guess is wrong, however it begins.
@@ -606,7 +607,7 @@ CALLER = select(Caller).where(
     col(CallersLogin.expires_at) > func.now(),
 )
 CALLER_ID = CALLER.with_only_columns(col(Caller.id)).scalar_subquery()
-IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # so is every right
+IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # other rights alike
 
 
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
@@ -927,7 +928,8 @@ def head_as_get(app: ASGIApp) -> ASGIApp:
     return answer
 
 
-# FastAPI's own handler of Exception raises it again, and the server hangs up.
+# FastAPI's own handler of Exception raises it again, and the server hangs up. What a
+# handler raises, such as a 401, is answered here, too.
 HANDLERS: Any = {Exception: failed, StarletteHTTPException: refused}
 app.add_middleware(ExceptionMiddleware, handlers=HANDLERS)
 app.add_middleware(
@@ -1129,7 +1131,7 @@ async def update_user(
     needs_proof = own and (password or "email" in sent)
     wrong = HTTPException(403, "current_password is missing or wrong")
     if needs_proof:
-        # Counted by login: who has stolen one cannot keep the owner from another.
+        # Counted by login: a thief of one cannot lock the owner out of another.
         pair, known = digest(f"password {token.sid}"), old.hashed_password
         if not guess or not await check_password(session, pair, address, guess, known):
             raise wrong
@@ -1162,7 +1164,7 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     for statement in SOME_OF_THEIRS:
         while len(await fetch(statement, None, id=id_)) == SOME:
             pass
-    # Much may have changed meanwhile: it is asked again who may do this.
+    # Much may have changed meanwhile: who may do this is asked again.
     user = await lock_user(session, token, id_)
     if user.is_superuser and id_ == token.sub:
         raise own_row

@@ -221,7 +221,7 @@ class Answer(SQLModel):
 
 
 class UserBase(SQLModel):
-    # Checked where it comes in, as Email, not again when it goes out.
+    # Requests check it as Email, answers do not check it again.
     email: str = Field(max_length=254, unique=True)
     full_name: FullName = None
 
