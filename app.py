@@ -343,13 +343,6 @@ else:
         if connection.driver_connection.is_closed():
             raise sa.exc.DisconnectionError
 
-    @sa.event.listens_for(autocommit.sync_engine, "handle_error")
-    def drop_silent(context: Any) -> None:
-        # A server that did not answer in time may be silent for good: on to another.
-        if isinstance(context.original_exception, TimeoutError):
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
-
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
     """Yield the request's transaction: committed if the route returns, else undone."""
