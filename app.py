@@ -728,6 +728,10 @@ async def fetch_page(
     query = page_of(statement, page.sort, first=page.after is None)
     values |= {"skip": page.skip, "limit": page.limit, "after": page.after}
     rows = await fetch(query, token, **values)
+    if not rows and page.after and page.sort not in ("id", "-id"):
+        # Not the end, but a 404, if the row to start behind has gone.
+        id_ = statement.selected_columns["id"]
+        await fetch_one(statement.where(id_ == page.after), token, **values)
     if len(rows) > page.limit:
         rows = rows[: page.limit]
         url = request.url.remove_query_params("skip")

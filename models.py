@@ -6,7 +6,7 @@ does not validate tables, and a client could choose its own id.
 """
 
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from hashlib import sha256
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -153,11 +153,13 @@ def hashable(password: str) -> str:
     return password
 
 
-def not_a_number(value: object) -> object:
-    """Refuse seconds, in a number or a text, where a time is asked for."""
-    if isinstance(value, int | float) or (isinstance(value, str) and ":" not in value):
-        raise PydanticCustomError("time", "Enter a time, as 2030-01-02T03:04:05Z")
-    return value
+def not_a_number(value: Any) -> Any:
+    """Refuse seconds, as a number or a text, where a date is asked for."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return value
+    raise PydanticCustomError("date", "Enter 2030-01-02, or 2030-01-02T03:04:05Z")
 
 
 def in_utc(moment: datetime) -> datetime:
@@ -196,8 +198,11 @@ Title = Annotated[
 Description = Annotated[
     Text | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
 ]
+# In a path or a query, where all is text; in a JSON body only a number will do.
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
-# With its offset, and a text: pydantic would also take a number of seconds.
+StrictId = Annotated[pydantic.StrictInt, pydantic.Field(ge=1, le=MAX_ID)]
+# Texts: pydantic would also take a number of seconds. A moment has its offset.
+Day = Annotated[date, pydantic.BeforeValidator(not_a_number)]
 Moment = Annotated[
     pydantic.AwareDatetime,
     pydantic.BeforeValidator(not_a_number),
