@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import Annotated, Any, Literal, NoReturn, Self
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, unquote, urlencode
 from weakref import WeakValueDictionary
 
 import anyio
@@ -92,7 +92,7 @@ def stop(problem: str) -> NoReturn:
     raise SystemExit(3) from None  # tells uvicorn that another try is of no use
 
 
-DATABASE_URLS = r"sqlite(\+\w+)?://(/[^?]*)?$|postgres(ql)?(\+\w+)?://"
+DATABASE_URLS = r"sqlite(\+\w+)?://(/(?!.*%00)[^?]*)?$|postgres(ql)?(\+\w+)?://"
 DEVELOPMENT_KEY = "a key that everybody knows: for development only"
 # `fastapi dev` sets the variable. Under any other command it does not count.
 IS_DEVELOPMENT = os.getenv("FASTAPI_ENV") == "development" and "dev" in sys.argv[1:2]
@@ -190,7 +190,8 @@ REFUSED = """
     gssencmode=require hostaddr load_balance_hosts=random min_protocol_version
     oauth_client_id oauth_client_secret oauth_issuer oauth_scope replication
     require_auth requirepeer requiressl scram_client_key scram_server_key service
-    servicefile sslcertmode sslcrldir sslsni=0 target_session_attrs=prefer-standby
+    servicefile ssl= sslcertmode sslcrldir sslmode= sslsni=0
+    target_session_attrs=prefer-standby
 """
 TLS_FILES = ("sslcert", "sslcrl", "sslkey", "sslrootcert")
 # How others write `sslmode`, or `ssl`; libpq reads "ssl=true" like this, too.
@@ -204,29 +205,37 @@ def postgresql_hosts() -> list[dict[str, Any]]:
     Raises ValueError where it cannot be read.
     """
     address, _, query = settings.database_url.replace("#", "%23").partition("?")
-    user, at, place = address.partition("://")[2].rpartition("@")
-    place, slash, database = place.rstrip("/").partition("/")
-    words = dict(parse_qsl(query, strict_parsing=bool(query)))
-    is_system = words.get("sslrootcert") == "system"
-    for name, value in words.items():
+    login, _, place = address.partition("://")[2].rpartition("@")
+    user, _, password = login.partition(":")
+    place, _, database = place.partition("/")
+    words = {"user": user, "password": password, "dbname": database}
+    words = {name: unquote(value) for name, value in words.items()}
+    words |= {"host": place, "port": ""}  # all of which may stand in the query, too
+    query = query.strip("&").replace("+", "%2B")  # to libpq, "+" is no space
+    given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    is_system = ("sslrootcert", "system") in given
+    for name, value in given:
         # With the system's certificates, asyncpg reads no other words on TLS.
         ignored = is_system and name.startswith(("ssl_", "sslc", "sslk", "sslp"))
         if ignored or {name, f"{name}={value}"} & {*REFUSED.split()}:
             stop(f"DATABASE_URL asks for what the driver cannot do: {name}")
         if name in TLS_FILES and not (is_system or Path(value).is_file()):
             stop(f"DATABASE_URL: {name} is not the path of a file")
-    mode = words.pop("ssl", None) or words.get("sslmode", "")
-    words["sslmode"] = SSLMODES.get(mode, mode)
-    places = words.pop("host", place).split(",")
-    ports = words.pop("port", "").split(",")
+        if name in ("ssl", "sslmode"):
+            words["sslmode"] = SSLMODES.get(value, value)
+        else:
+            words[name] = value
+    user, password, database = (words.pop(n) for n in ("user", "password", "dbname"))
+    who = {"user": user, "password": password, "database": database}
+    places, ports = words.pop("host").split(","), words.pop("port").split(",")
     ports *= len(places) if len(ports) == 1 else 1  # one may be that of all
-    kept = urlencode({name: words[name] for name in words.keys() - LEFT_OUT.split()})
+    rest = urlencode({name: words[name] for name in words.keys() - LEFT_OUT.split()})
     hosts = []
-    for host, port in zip(places, ports, strict=True):
-        bare = host.count(":") > 1 and not host.startswith("[")  # IPv6, in the query
-        host = f"[{host}]" if bare else quote(host, "%:[]")
-        dsn = f"postgresql://{quote(user, ':%')}{at}{host}{slash}{database}?{kept}"
-        hosts.append({"dsn": dsn, "port": port or None, "ssl": is_system or None})
+    for place, port in zip(places, ports, strict=True):
+        [(host, own)] = re.findall(r"^(/.*|\[.*\]|[^:]*|.*:.*:.*)(?::(\d*))?$", place)
+        at = {"host": unquote(host).strip("[]"), "port": port or own}
+        known = {name: value for name, value in (who | at).items() if value}
+        hosts.append({"dsn": f"postgresql://?{rest}", "ssl": is_system or None} | known)
     return hosts
 
 
@@ -361,7 +370,7 @@ def refuse_changes(_: object, statement: Any, *__: object) -> None:
 
 
 async def get_reader() -> AsyncGenerator[AsyncSession]:
-    """Yield a session that reads outside of any transaction."""
+    """Yield a session that reads outside of any transaction, and refuses changes."""
     async with AsyncSession(reading) as session:
         yield session
         await session.flush()  # changes are refused here, rather than lost
@@ -379,7 +388,8 @@ ReaderDep = Annotated[AsyncSession, Depends(get_reader, scope="function")]
 # transactions, a shutdown, a standby, a failing disk.
 OUTAGES: tuple[str, ...] = ("08", "25006", "40", "53", "55P03", "57", "58")
 OUTAGES += ("SQLITE_BUSY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
-HOPELESS = ("SQLITE_CANTOPEN", "SQLITE_READONLY")  # at the start: no folder, no right
+# To wait for these at the start is in vain: a wrong password, no folder, no right.
+HOPELESS = ("28", "SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_READONLY")
 TAKEN = ("23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY")
 DANGLING = ("23503", "23001", "SQLITE_CONSTRAINT_FOREIGNKEY")
 UNFIT = ("22", "SQLITE_TOOBIG", "SQLITE_MISMATCH")  # NUL in a text, a huge number
@@ -789,8 +799,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
             except (sa.exc.DBAPIError, OSError) as error:
                 where = engine_url.database or "see DATABASE_URL"
                 problem = f"The database, {where}: {reason(error)}"
-                hopeless = not is_outage(error) or error_code(error) in HOPELESS
-                if hopeless or time.monotonic() > give_up:
+                in_vain = not is_outage(error) or error_code(error).startswith(HOPELESS)
+                if in_vain or time.monotonic() > give_up:
                     stop(problem)
                 log.warning("Trying again. %s", problem)
             await anyio.sleep(1)
@@ -881,8 +891,8 @@ def taken(error: Exception) -> str:
     """Return in words which columns must be unique, and have the value already."""
     # PostgreSQL says "Key (a, b)=(1, 2) …", SQLite "… failed: table.a, table.b".
     text = getattr(error, "detail", None) or str(error)
-    found = re.search(r"\(([\w, ]+)\)=|failed: ([\w., ]+)$", text)
-    names = re.sub(r"\w+\.", "", found[1] or found[2]) if found else "it is"
+    found = re.search(r"^[^(]*\(([^()]+)\)=|failed: ([^']+)$", text)
+    names = re.sub(r'\w+\.|"', "", found[1] or found[2]) if found else "it is"
     return names.replace(", ", " and ").replace("_", " ").capitalize()
 
 
@@ -1056,7 +1066,9 @@ SOME_OF_THEIRS = [
     delete(table)
     .where(
         sa.tuple_(*table.primary_key).in_(
-            select(*table.primary_key).where(column == bindparam("id")).limit(SOME)
+            select(*table.primary_key)
+            .where(column == bindparam("id"), visible(column))
+            .limit(SOME)
         )
     )
     .returning(column)
@@ -1159,7 +1171,7 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     if user.is_superuser and id_ == token.sub:
         raise own_row
     for statement in SOME_OF_THEIRS:
-        while len(await fetch(statement, None, id=id_)) == SOME:
+        while len(await fetch(statement, token, id=id_)) == SOME:
             pass
     # Much may have changed meanwhile: who may do this is asked again.
     user = await lock_user(session, token, id_)

@@ -460,6 +460,23 @@ async def test_a_user_is_deleted_with_all_items_some_at_a_time(
     assert await alice.has_ended()
 
 
+async def test_a_deletion_stops_where_the_right_to_it_ends(
+    alice: Client, patch: Patch
+) -> None:
+    root = await alice.new_user()
+    await root.alter("is_superuser = true")
+    await fill(alice, 2500)
+
+    async def demote() -> None:
+        count = f"SELECT count(*) FROM items WHERE owner_id = {alice.user['id']}"
+        if await alice.sql(count) != [(2500,)]:
+            await root.alter("is_superuser = false")
+
+    after_reading(patch, alice, demote)
+    await root.expect(404, f"DELETE {alice.url}")
+    assert len(await alice.expect(200, "GET /items?skip=1400")) == 100
+
+
 # --- Items
 
 
@@ -678,6 +695,9 @@ async def test_what_the_database_refuses_is_a_400(alice: Client) -> None:
         answer = await ask(client, store, **value)
         assert (answer.status_code, detail in answer.text) == (status, True), value
     table.indexes.discard(index)
+    # What a value says is not believed.
+    spoofed = Exception('Key ("two words")=((email)=1) already exists.')
+    assert alice.app.taken(spoofed) == "Two words"
     await alice.sql(f"DROP INDEX {name}")
     local = select(Item).where(Item.created_at == datetime(2026, 1, 1))  # no offset
     answer = await ask(alice, lambda session: session.exec(local))
@@ -1602,6 +1622,7 @@ def test_a_setting_that_cannot_be_stops_the_start(tmp_path: Path, log: Log) -> N
         ("SECRET_KEY=s3cr3ts3cr3ts3cr3ts3cr3t", KEY_NEEDED),
         ("DATABASE_URL=mysql://u:s3cr3t@h/d", "DATABASE_URL must look like"),
         ("DATABASE_URL=s3cr3t", "DATABASE_URL must look like"),
+        ("DATABASE_URL=sqlite:////a%00b", "DATABASE_URL must look like"),
         ("DATABASE_URL=sqlite://s3cr3t/app.db", "DATABASE_URL must look like"),
         ("BCRYPT_ROUNDS=s3cr3t", "BCRYPT_ROUNDS: Input should be a valid integer"),
         ("BCRYPT_ROUNDS=99", "BCRYPT_ROUNDS: Input should be less than"),
@@ -1663,6 +1684,7 @@ async def test_a_database_out_of_reach_stops_the_start(
             (f"sqlite:///{tmp_path}/none/app.db", "60", f"{tmp_path}/none/app.db"),
             ("sqlite:////proc/app.db", "60", "/proc/app.db"),
             (f"sqlite:///{tmp_path}/app.db", "60", f"{tmp_path}/app.db"),
+            (f"sqlite:///{__file__}", "60", "file is not a database"),
         ):
             limits = {"DATABASE_STARTUP_TIMEOUT": patience, "DATABASE_TIMEOUT": "0.2"}
             app = load_app(url, **limits)
@@ -1796,6 +1818,9 @@ async def test_a_url_works_as_other_clients_read_it(
     path, pem = f"{at}/.s.PGSQL.5432", certify(tmp_path / "a.pem")
     other = certify(tmp_path / "b.pem")
     patch.setenv("SSL_CERT_FILE", str(pem))  # the system's certificates
+    patch.setenv("HOME", str(tmp_path))  # which has no certificates
+    colons = tmp_path / "a:b:c"  # as a cloud's socket
+    colons.symlink_to(at)
     limits = {"DATABASE_TIMEOUT": "3", "DATABASE_STARTUP_TIMEOUT": "0"}
     async with (
         behind_tls(path, pem) as port,
@@ -1816,6 +1841,11 @@ async def test_a_url_works_as_other_clients_read_it(
             (f"{u}@127.0.0.1:{mute},{quoted}/{db}", ""),
             (f"{u}@/{db}?host=127.0.0.1,{at}&port={mute},5432", ""),
             (f"{u}@/{db}?host=::1,127.0.0.1&port=1,{port}&sslmode=require", ""),
+            (
+                f"postgresql://u:p@h/nothing?user=postgres&dbname={db}&host={colons}&",
+                "",
+            ),
+            (f"{u}@/?host={at}&dbname=a+b", 'database "a+b" does not exist'),
             (f"{u}@[::1]:1,127.0.0.1/{db}?port={port}&sslmode=require", ""),
             (f"{tls}?s3cr3t@", NOT_VALID),
             (f"{tls}?host=a,b&port=1,2,3", NOT_VALID),
@@ -1828,6 +1858,8 @@ async def test_a_url_works_as_other_clients_read_it(
             (f"{tls}?sslmode=verify-full&sslrootcert={pem}", ""),
             (f"{tls}?sslmode=verify-full&sslrootcert=system", ""),
             (f"{tls}?sslrootcert=system", ""),
+            (f"{tls}?ssl=true&sslmode=verify-full", "root certificate file"),
+            (f"{tls}?sslmode=", "cannot do: sslmode"),
             (f"{stranger}?sslmode=verify-full&sslrootcert={pem}", UNTRUSTED),
             (f"{stranger}?sslrootcert=system", UNTRUSTED),
             (f"{tls}#?sslmode=require", f'database "{db}#" does not exist'),
@@ -1845,7 +1877,7 @@ async def test_a_url_works_as_other_clients_read_it(
                     name = await client.sql("SELECT current_database()")
                     assert name == [(db,)], url
                     # The next connection begins with the host that worked.
-                    assert str(mute) not in client.app.hosts[0]["dsn"], url
+                    assert str(mute) not in str(client.app.hosts[0]), url
 
 
 # --- What is written down: the API's documents, the README, the settings
