@@ -194,7 +194,8 @@ REFUSED = """
     target_session_attrs=prefer-standby
 """
 TLS_FILES = ("sslcert", "sslcrl", "sslkey", "sslrootcert")
-# How others write `sslmode`, or `ssl`; libpq reads "ssl=true" like this, too.
+# How libpq's words are known to asyncpg; and how others write a `sslmode`
+SAME = {"ssl": "sslmode", "dbname": "database"}
 SSLMODES = {"true": "require", "no-verify": "require", "false": "disable"}
 NOT_VALID = "DATABASE_URL is not valid: its port, or a password not percent-encoded"
 
@@ -208,9 +209,9 @@ def postgresql_hosts() -> list[dict[str, Any]]:
     login, _, place = address.partition("://")[2].rpartition("@")
     user, _, password = login.partition(":")
     place, _, database = place.partition("/")
-    words = {"user": user, "password": password, "dbname": database}
-    words = {name: unquote(value) for name, value in words.items()}
-    words |= {"host": place, "port": ""}  # all of which may stand in the query, too
+    who = {"user": user, "password": password, "database": database}
+    words = {name: unquote(value) for name, value in who.items()}
+    words |= {"host": place, "port": ""}  # all of these may stand in the query, too
     query = query.strip("&").replace("+", "%2B")  # to libpq, "+" is no space
     given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     is_system = ("sslrootcert", "system") in given
@@ -221,12 +222,9 @@ def postgresql_hosts() -> list[dict[str, Any]]:
             stop(f"DATABASE_URL asks for what the driver cannot do: {name}")
         if name in TLS_FILES and not (is_system or Path(value).is_file()):
             stop(f"DATABASE_URL: {name} is not the path of a file")
-        if name in ("ssl", "sslmode"):
-            words["sslmode"] = SSLMODES.get(value, value)
-        else:
-            words[name] = value
-    user, password, database = (words.pop(n) for n in ("user", "password", "dbname"))
-    who = {"user": user, "password": password, "database": database}
+        known = SAME.get(name, name)
+        words[known] = SSLMODES.get(value, value) if known == "sslmode" else value
+    who = {name: words.pop(name) for name in who}
     places, ports = words.pop("host").split(","), words.pop("port").split(",")
     ports *= len(places) if len(ports) == 1 else 1  # one may be that of all
     rest = urlencode({name: words[name] for name in words.keys() - LEFT_OUT.split()})
@@ -234,8 +232,8 @@ def postgresql_hosts() -> list[dict[str, Any]]:
     for place, port in zip(places, ports, strict=True):
         [(host, own)] = re.findall(r"^(/.*|\[.*\]|[^:]*|.*:.*:.*)(?::(\d*))?$", place)
         at = {"host": unquote(host).strip("[]"), "port": port or own}
-        known = {name: value for name, value in (who | at).items() if value}
-        hosts.append({"dsn": f"postgresql://?{rest}", "ssl": is_system or None} | known)
+        told = {name: value for name, value in (who | at).items() if value}
+        hosts.append({"dsn": f"postgresql://?{rest}", "ssl": is_system or None} | told)
     return hosts
 
 
@@ -370,7 +368,7 @@ def refuse_changes(_: object, statement: Any, *__: object) -> None:
 
 
 async def get_reader() -> AsyncGenerator[AsyncSession]:
-    """Yield a session that reads outside of any transaction, and refuses changes."""
+    """Yield a session that reads outside of any transaction; it refuses to flush."""
     async with AsyncSession(reading) as session:
         yield session
         await session.flush()  # changes are refused here, rather than lost
