@@ -1669,7 +1669,7 @@ def test_the_development_key_is_for_fastapi_dev(log: Log) -> None:
 
 
 async def test_a_database_out_of_reach_stops_the_start(
-    tmp_path: Path, log: Log
+    new_url: NewUrl, tmp_path: Path, log: Log
 ) -> None:
     """After some time; at once where to wait is in vain."""
 
@@ -1681,6 +1681,7 @@ async def test_a_database_out_of_reach_stops_the_start(
         for url, patience, problem in (
             ("postgresql://u:s3cr3t@127.0.0.1:1/d", "0.5", "127.0.0.1"),
             (f"postgresql://u:s3cr3t@127.0.0.1:{port}/d", "0", "TimeoutError"),
+            (new_url("pg").replace("postgres@", "x@"), "60", 'role "x" does not'),
             (f"sqlite:///{tmp_path}/none/app.db", "60", f"{tmp_path}/none/app.db"),
             ("sqlite:////proc/app.db", "60", "/proc/app.db"),
             (f"sqlite:///{tmp_path}/app.db", "60", f"{tmp_path}/app.db"),
