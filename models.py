@@ -156,7 +156,8 @@ def hashable(password: str) -> str:
 def not_a_number(value: Any) -> Any:
     """Refuse seconds, as a number or a text, where a date is asked for."""
     try:
-        float(value)
+        with suppress(OverflowError):  # which is a number, too
+            float(value)
     except (TypeError, ValueError):
         return value
     raise PydanticCustomError("date", "Enter 2030-01-02, or 2030-01-02T03:04:05Z")
@@ -198,9 +199,10 @@ Title = Annotated[
 Description = Annotated[
     Text | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
 ]
-# In a path or a query, where all is text; in a JSON body only a number will do.
+# In a path or a query, where all is text; in a JSON body only a number will do, and
+# beyond 2**53 it would not be exact for everybody.
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
-StrictId = Annotated[pydantic.StrictInt, pydantic.Field(ge=1, le=MAX_ID)]
+StrictId = Annotated[pydantic.StrictInt, pydantic.Field(ge=1, le=2**53 - 1)]
 # Texts: pydantic would also take a number of seconds. A moment has its offset.
 Day = Annotated[date, pydantic.BeforeValidator(not_a_number)]
 Moment = Annotated[

@@ -1569,7 +1569,9 @@ def test_a_moment_has_an_offset_and_comes_back_in_utc() -> None:
     moment = TypeAdapter(models.Moment).validate_python
     assert str(day("2030-01-02")) == "2030-01-02"
     assert str(moment("2030-01-02T03:04:05+02:00")) == "2030-01-02 01:04:05+00:00"
-    for wrong in (1, 1.5, "0", "2030-01-02T03:04", "9999-12-31T23:00-02:00", "x", None):
+    wrong_ones = [1, 1.5, "0", 10**400, "x", None]
+    wrong_ones += ["2030-01-02T03:04", "9999-12-31T23:00-02:00"]
+    for wrong in wrong_ones:
         for read in (day, moment):
             with pytest.raises(ValidationError):
                 read(wrong)
@@ -2021,8 +2023,8 @@ def map_body(context, body):
     for key, value in body.items() if isinstance(body, dict) else ():
         if key == "password" and isinstance(value, str):
             body[key] = "x" * len(value)
-        if type(value) in (int, float) and value == int(value):
-            body[key] = min(int(value), 2**63 - 1)
+        if isinstance(value, float) and value.is_integer():
+            body[key] = int(value)
     return body
 """
 FUZZ_CONFIG = """
