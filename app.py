@@ -608,7 +608,7 @@ CALLER = select(Caller).where(
     col(CallersLogin.expires_at) > func.now(),
 )
 CALLER_ID = CALLER.with_only_columns(col(Caller.id)).scalar_subquery()
-IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # other rights alike
+IS_SUPERUSER = CALLER.where(col(Caller.is_superuser)).exists()  # like any right
 
 
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
