@@ -55,7 +55,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models import (
     AccessToken,
     Email,
-    Filled,
     Id,
     Item,
     ItemCreate,
@@ -63,6 +62,7 @@ from models import (
     ItemUpdate,
     Login,
     LoginAttempt,
+    NonEmpty,
     OAuth2Problem,
     Page,
     Password,
@@ -849,7 +849,7 @@ def is_oauth2(request: Request) -> bool:
 
 
 @app.exception_handler(StarletteHTTPException)
-async def refused(request: Request, error: StarletteHTTPException) -> Response:
+async def http_error(request: Request, error: StarletteHTTPException) -> Response:
     """Answer an HTTPException, of a route or of FastAPI itself, such as 404 and 405."""
     content, headers = {"detail": error.detail}, dict(error.headers or {})
     if error.status_code == 405:  # each route knows its own methods only (RFC 9110)
@@ -866,7 +866,7 @@ async def refused(request: Request, error: StarletteHTTPException) -> Response:
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(request: Request, error: RequestValidationError) -> Response:
+async def invalid_input(request: Request, error: RequestValidationError) -> Response:
     """Say what is wrong with the input, without repeating it: it may be a password."""
     if is_oauth2(request):
         first = error.errors()[0]
@@ -874,7 +874,7 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
         wrong = HTTPException(400, f"{name} is missing or not valid")
         if first["type"] == "union_tag_invalid" and first["ctx"]["tag"]:
             wrong = OAuth2Error("unsupported_grant_type", 400, f"{name} is not known")
-        return await refused(request, wrong)
+        return await http_error(request, wrong)
     errors: list[dict[str, Any]] = []
     for e in error.errors():
         # The name of an unknown field, too, is what was sent.
@@ -882,7 +882,7 @@ async def invalid(request: Request, error: RequestValidationError) -> Response:
         kept = {"type": e["type"], "loc": loc, "msg": e["msg"]}
         if kept not in errors:  # a thousand unknown fields are one mistake
             errors.append(kept)
-    return await refused(request, HTTPException(422, errors))
+    return await http_error(request, HTTPException(422, errors))
 
 
 def taken(error: Exception) -> str:
@@ -895,7 +895,7 @@ def taken(error: Exception) -> str:
 
 
 @app.exception_handler(sa.exc.IntegrityError)
-async def failed(request: Request, error: Exception) -> Response:
+async def failure(request: Request, error: Exception) -> Response:
     """Answer what the database refused or could not do, and mistakes of ours."""
     code, cause = error_code(error), getattr(error, "orig", error)
     answer: HTTPException
@@ -920,7 +920,7 @@ async def failed(request: Request, error: Exception) -> Response:
     else:
         log.exception("Unforeseen error at %s %s", request.method, request.url.path)
         answer = OAuth2Error("server_error", 500, "Internal server error")
-    return await refused(request, answer)
+    return await http_error(request, answer)
 
 
 def head_as_get(app: ASGIApp) -> ASGIApp:
@@ -935,7 +935,7 @@ def head_as_get(app: ASGIApp) -> ASGIApp:
 
 # FastAPI's own handler of Exception raises it again, and the server hangs up. What a
 # handler raises, such as a 401, is answered here, too.
-HANDLERS: Any = {Exception: failed, StarletteHTTPException: refused}
+HANDLERS: Any = {Exception: failure, StarletteHTTPException: http_error}
 app.add_middleware(ExceptionMiddleware, handlers=HANDLERS)
 app.add_middleware(
     CORSMiddleware,
@@ -1037,7 +1037,7 @@ async def renew(session: AsyncSession, refresh_token: str) -> Token:
 
 @auth.post("/revoke", response_class=Response)
 async def revoke_token(
-    token: Annotated[Filled, Form(examples=["mdfW.2fwu"])], session: SessionDep
+    token: Annotated[NonEmpty, Form(examples=["mdfW.2fwu"])], session: SessionDep
 ) -> Response:
     """Log out: end the login behind an access or refresh token (RFC 7009).
 
@@ -1060,7 +1060,7 @@ RIGHTS = UserUpdate.model_fields.keys() - {*UserCreate.model_fields, "current_pa
 # The rows that go with a user, some at a time: all at once could take too long. Logins
 # go last, with the user: the caller's may be among them.
 SOME = 1000  # rows
-SOME_OF_THEIRS = [
+DELETE_SOME = [
     delete(table)
     .where(
         sa.tuple_(*table.primary_key).in_(
@@ -1168,7 +1168,7 @@ async def delete_user(user_id: UserId, token: TokenDep, session: SessionDep) -> 
     user = await fetch_one(USER, token, id=id_)
     if user.is_superuser and id_ == token.sub:
         raise own_row
-    for statement in SOME_OF_THEIRS:
+    for statement in DELETE_SOME:
         while len(await fetch(statement, token, id=id_)) == SOME:
             pass
     # Much may have changed meanwhile: who may do this is asked again.

@@ -176,7 +176,7 @@ def in_utc(moment: datetime) -> datetime:
 # would not see them.
 STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")
 Text = Annotated[str, STORABLE]
-Filled = Annotated[str, pydantic.Field(min_length=1), STORABLE]
+NonEmpty = Annotated[str, pydantic.Field(min_length=1), STORABLE]
 # Longer than anybody's, and short enough for many logins at once to fit into memory.
 Credential = Annotated[str, pydantic.Field(min_length=1, max_length=1000), STORABLE]
 Email = Annotated[
@@ -353,7 +353,7 @@ class RefreshGrant(SQLModel):
     """The form that renews a login (RFC 6749, section 6)."""
 
     grant_type: Literal["refresh_token"]
-    refresh_token: Filled = pydantic.Field(examples=["mdfW.2fwu"])
+    refresh_token: NonEmpty = pydantic.Field(examples=["mdfW.2fwu"])
 
 
 class Token(Answer):
