@@ -2235,10 +2235,12 @@ project = pytest.fixture(lambda tmp_path: Project(tmp_path / "it"), name="projec
 def describe(connection: sa.Connection) -> dict[Any, Any]:
     """Return all that a database knows of each table, but for defaults for old rows."""
     inspector, found = sa.inspect(connection), dict[Any, Any]()
-    kinds = "columns foreign_keys indexes unique_constraints check_constraints"
+    kinds = "columns pk_constraint foreign_keys indexes unique_constraints "
+    kinds += "check_constraints"
     for kind in kinds.split():
         for (_, table), parts in getattr(inspector, f"get_multi_{kind}")().items():
-            known = sorted(repr(part | {"default": None}) for part in parts)
+            listed = parts if isinstance(parts, list) else [parts]
+            known = sorted(repr(part | {"default": None}) for part in listed)
             found |= {(table, kind): known} if table in User.metadata.tables else {}
     return found
 
