@@ -1,30 +1,23 @@
-"""The data of the service: what is stored, what comes in and what goes out.
+"""The data models: tables, request bodies and responses.
 
-`UserBase` is shared by `User` (the table), `UserCreate` (a request body) and
-`UserPublic` (an answer); items are alike. A table is never a request body: SQLModel
-does not validate tables, and a client could choose its own id.
+`UserBase` has the fields that `User` (the table), `UserCreate` (a request body) and
+`UserPublic` (a response) share; items have the same models. Never use a table model as
+a request body: SQLModel does not validate it, and clients could set any column.
 """
 
-from contextlib import suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from zlib import crc32
+from typing import Annotated, Any, Literal
+from unicodedata import normalize
 
 import pydantic
-import sqlalchemy as sa
-from email_validator import EmailNotValidError, validate_email
-from pydantic import MISSING, StrictBool
-from pydantic.fields import FieldInfo
+from pydantic import MISSING, AfterValidator, EmailStr, StrictBool
 from pydantic_core import PydanticCustomError
-from sqlalchemy import BigInteger, CheckConstraint, Index, Integer
-from sqlalchemy.orm import Mapper
+from sqlalchemy import BigInteger, Index, Integer
 from sqlmodel import Field, SQLModel
 
-# --- Columns
-
-# Named, so that a migration can drop a constraint on any database, SQLite included.
+# A migration can only drop constraints that have names.
 SQLModel.metadata.naming_convention = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -33,18 +26,17 @@ SQLModel.metadata.naming_convention = {
     "pk": "pk_%(table_name)s",
 }
 
-# 64 bits. SQLite numbers rows by itself only where the type is spelled INTEGER.
+# 64 bits. SQLite generates ids only if the type is INTEGER, which has 64 bits, too.
 BigInt = BigInteger().with_variant(Integer, "sqlite")
 MAX_ID = 2**63 - 1
 
 
 def utc_now() -> datetime:
-    """Return the time with its offset, as SQLModel stores it on every database."""
     return datetime.now(UTC)
 
 
 class Timestamps(SQLModel):
-    """When a row was made and when it last changed, on every table."""
+    """When a row was created and last updated, in UTC."""
 
     created_at: datetime = Field(default_factory=utc_now)
     updated_at: datetime = Field(
@@ -52,174 +44,73 @@ class Timestamps(SQLModel):
     )
 
 
-class Record(Timestamps):
-    """What a table begins with: its key, and the timestamps."""
+class TableBase(Timestamps):
+    """The columns of every table: the primary key and the timestamps."""
 
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
-def reference(
+def foreign_key(
     column: str,
     ondelete: Literal["CASCADE", "SET NULL", "RESTRICT"] = "CASCADE",
     **options: Any,
 ) -> Any:
-    """Return a field that refers to another table's row by its column, as "users.id".
+    """Return a field that references a column such as "users.id", with an index.
 
-    `ondelete`: what happens to this row when that one is deleted; by default it is
-    deleted, too. `options`: of SQLModel's Field. Without its index, each deletion there
-    would read this whole table.
+    `ondelete` says what happens to this row when the referenced row is deleted;
+    `options` are passed to SQLModel's `Field`.
     """
-    others: Any = {"index": True, "sa_type": BigInt} | options
-    return Field(foreign_key=column, ondelete=ondelete, **others)
+    all_options: Any = {"index": True, "sa_type": BigInteger} | options
+    return Field(foreign_key=column, ondelete=ondelete, **all_options)
 
 
-LIMITS = {
-    "min_length": ">=",
-    "max_length": "<=",
-    "ge": ">=",
-    "le": "<=",
-    "gt": ">",
-    "lt": "<",
-}
+# --- Types of fields
 
 
-def rules(field: FieldInfo) -> list[Any]:
-    """Return what a field must fulfil: `Text`, `Text | None` and so on."""
-    found = list(field.metadata)
-    if get_origin(field.annotation) in (Union, UnionType):
-        for part in get_args(field.annotation):
-            found += FieldInfo.from_annotation(part).metadata
-    return found
+# Keyboards send an "ü" as one character or as two; NFC makes it one.
+NFC = AfterValidator(partial(normalize, "NFC"))
+# Longer than any real one; the limit saves memory when many requests log in at once.
+Credential = Annotated[str, pydantic.Field(max_length=1000)]
+# A password to check: the rules for new passwords do not apply.
+CurrentPassword = Annotated[Credential, NFC]
 
 
-@sa.event.listens_for(Mapper, "after_mapper_constructed")
-def complete_table(mapper: Mapper[Any], model: type[SQLModel]) -> None:
-    """Give each table, as it is defined, what nobody should have to remember.
-
-    A CHECK for each limit of a field: SQLite ignores the length of a VARCHAR. Its name
-    has the limit, since Alembic compares names. Enums are stored as text: a type of
-    their own would not change with the column.
-    """
-    table: Any = mapper.local_table
-    # SQLite gives a deleted row's id to the next row, unless told not to.
-    if table.primary_key.columns.keys() == ["id"]:
-        table.dialect_options["sqlite"]["autoincrement"] = True
-    for column in table.columns:
-        checks: dict[str, Any] = {}
-        if isinstance(column.type, sa.Enum):
-            column.type.native_enum = False
-            choices = crc32(repr(column.type.enums).encode())
-            checks[f"{column.name}_in_{choices:08x}"] = column.in_(column.type.enums)
-        field = mapper.get_property_by_column(column).key  # may have another name
-        for rule in rules(model.model_fields[field]):
-            for limit, operator in LIMITS.items():
-                value: Any = getattr(rule, limit, None)
-                is_length = "length" in limit
-                if value is None or (is_length and not hasattr(column.type, "length")):
-                    continue  # the length of a list in JSON, for one
-                measured = sa.func.length(column) if is_length else column
-                checks[f"{column.name}_{limit}_{value}"] = measured.op(operator)(value)
-        for name, check in checks.items():
-            table.append_constraint(CheckConstraint(check, name))
-
-
-# --- Types of what comes in: each ends a class of bad input, for every field
-
-
-def normal_email(text: str) -> str:
-    """Return an address as it is stored, so that two spellings are one user.
-
-    Of at most 254 characters, which `Email` checks first: to normalize takes long.
-    """
-    email = ""
-    with suppress(EmailNotValidError):  # whose message may repeat what was sent
-        checked = validate_email(
-            text.lower(),
-            check_deliverability=False,
-            test_environment=True,  # .test, for trying things out
-        )
-        email = checked.normalized.lower()  # it may bring capitals back
-    if not 0 < len(email) <= 254:
-        message = "Enter an email address, as name@example.com"
-        raise PydanticCustomError("email", message)
-    return email
-
-
-def hashable(password: str) -> str:
-    """Return a password that bcrypt reads to its end."""
-    if "\0" in password or len(password.encode()) > 72:
-        message = "Choose one of at most 72 bytes (UTF-8), without NUL"
+def check_new_password(password: str) -> str:
+    """Reject a password that is short, over bcrypt's 72 bytes, or contains NUL."""
+    if len(password) < 8 or len(password.encode()) > 72 or "\0" in password:
+        message = "Password should have 8 characters to 72 bytes, and no NUL"
         raise PydanticCustomError("password", message)
     return password
 
 
-def not_a_number(value: Any) -> Any:
-    """Refuse seconds, as a number or a text, where a date is asked for."""
-    try:
-        with suppress(OverflowError):  # which is a number, too
-            float(value)
-    except (TypeError, ValueError):
-        return value
-    raise PydanticCustomError("date", "Enter 2030-01-02, or 2030-01-02T03:04:05Z")
-
-
-def in_utc(moment: datetime) -> datetime:
-    """Return a time as the database gives it back."""
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise PydanticCustomError("time", "Enter a time until the year 9999") from None
-
-
-# PostgreSQL stores no NUL. pydantic refuses a lone surrogate (JSON's "\ud800") where it
-# has a pattern or a length to check. A pattern stands behind the lengths, or SQLModel
-# would not see them.
-STORABLE = pydantic.StringConstraints(pattern=r"^[^\x00]*$")
-Text = Annotated[str, STORABLE]
-NonEmpty = Annotated[str, pydantic.Field(min_length=1), STORABLE]
-# Longer than anybody's, and short enough for many logins at once to fit into memory.
-Credential = Annotated[str, pydantic.Field(min_length=1, max_length=1000), STORABLE]
-Email = Annotated[
-    str,
-    # Phones' keyboards leave a space behind an address.
-    pydantic.StringConstraints(strip_whitespace=True, max_length=254),
-    pydantic.Field(json_schema_extra={"format": "email"}),
-    pydantic.AfterValidator(normal_email),
-]
 Password = Annotated[
-    str,
-    pydantic.Field(min_length=8, max_length=72, examples=["correct horse"]),
-    pydantic.Field(json_schema_extra={"format": "password"}),
-    pydantic.AfterValidator(hashable),
+    CurrentPassword,
+    AfterValidator(check_new_password),
+    pydantic.Field(
+        examples=["correct horse"],
+        json_schema_extra={"format": "password", "minLength": 8, "maxLength": 72},
+    ),
 ]
-FullName = Annotated[Text | None, pydantic.Field(max_length=255, examples=["Ada King"])]
+# Stored in lower case, so that the same email in another case is the same user.
+Email = Annotated[EmailStr, AfterValidator(str.lower), pydantic.Field(max_length=254)]
+FullName = Annotated[str | None, pydantic.Field(max_length=255, examples=["Ada King"])]
 Title = Annotated[
-    str, pydantic.Field(min_length=1, max_length=255, examples=["Engine"]), STORABLE
+    str, pydantic.Field(min_length=1, max_length=255, examples=["Engine"])
 ]
 Description = Annotated[
-    Text | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
+    str | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
 ]
-# In a path or a query, where all is text; in a JSON body only a number will do, and
-# beyond 2**53 it would not be exact for everybody.
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
-StrictId = Annotated[pydantic.StrictInt, pydantic.Field(ge=1, le=2**53 - 1)]
-# Texts: pydantic would also take a number of seconds. A moment has its offset.
-Day = Annotated[date, pydantic.BeforeValidator(not_a_number)]
-Moment = Annotated[
-    pydantic.AwareDatetime,
-    pydantic.BeforeValidator(not_a_number),
-    pydantic.AfterValidator(in_utc),
-]
 
 
-class Body(SQLModel):
-    """A JSON request body: refuses fields that it does not name."""
+class RequestBody(SQLModel):
+    """The base of JSON request bodies. Unknown fields are not allowed."""
 
     model_config = {"extra": "forbid"}
 
 
-class Answer(SQLModel):
-    """An answer's body: each field is always there, and its schema says so."""
+class ResponseModel(SQLModel):
+    """The base of responses. In the OpenAPI schema, every field is required."""
 
     model_config = {"json_schema_serialization_defaults_required": True}
 
@@ -228,49 +119,44 @@ class Answer(SQLModel):
 
 
 class UserBase(SQLModel):
-    # Requests check it as Email, answers do not check it again.
-    email: str = Field(max_length=254, unique=True)
+    email: str = Field(max_length=254, unique=True)  # in requests: Email
     full_name: FullName = None
 
 
-class UserRights(SQLModel):
-    """What a user may do: a superuser's to change, and never one's own."""
+class UserPermissions(SQLModel):
+    """Permissions. Only superusers can change them, and not their own."""
 
     is_active: bool = True
     is_superuser: bool = False
 
 
-class User(Record, UserRights, UserBase, table=True):
+class User(TableBase, UserPermissions, UserBase, table=True):
     __tablename__ = "users"
-    __table_args__ = (CheckConstraint("email = lower(email)", "email_lower"),)
 
-    hashed_password: str = Field(max_length=60, exclude=True, repr=False)  # never shown
+    hashed_password: str = Field(max_length=60, exclude=True, repr=False)
 
 
-class UserCreate(Body, UserBase):
-    """What anybody may choose for themself: when they register, and later."""
-
+class UserCreate(RequestBody, UserBase):
     email: Email
     password: Password
 
 
-class UserUpdate(Body):
-    """Only what is sent changes; `full_name` alone may be null, which clears it.
+class UserUpdate(RequestBody):
+    """Only the fields you send change. `full_name: null` clears the name."""
 
-    What is here and not in `UserCreate` takes a superuser: see `update_user`.
-    """
-
+    # Fields that are not in UserCreate, except `current_password`, are permissions.
+    # MISSING is the value of a field that is not sent; None would allow null.
     email: Email | MISSING = MISSING
     full_name: FullName | MISSING = MISSING
     password: Password | MISSING = MISSING
-    current_password: Text | MISSING = MISSING
+    current_password: CurrentPassword | MISSING = MISSING
     is_active: StrictBool | MISSING = MISSING
     is_superuser: StrictBool | MISSING = MISSING
 
     model_config = {"json_schema_extra": {"example": {"full_name": "Ada King"}}}
 
 
-class UserPublic(Answer, Timestamps, UserRights, UserBase):
+class UserPublic(ResponseModel, Timestamps, UserPermissions, UserBase):
     id: int
 
 
@@ -282,27 +168,24 @@ class ItemBase(SQLModel):
     description: Description = None
 
 
-class Item(Record, ItemBase, table=True):
+class Item(TableBase, ItemBase, table=True):
     __tablename__ = "items"
-    __table_args__ = (
-        Index(None, "owner_id", "id"),  # an owner's page, in order, at any depth
-    )
+    __table_args__ = (Index(None, "owner_id", "id"),)  # for pages of an owner's items
 
-    owner_id: int = reference("users.id", index=False)
+    owner_id: int = foreign_key("users.id", index=False)
 
 
-class ItemCreate(Body, ItemBase):
-    pass
+class ItemCreate(RequestBody, ItemBase): ...
 
 
-class ItemUpdate(Body):
-    """Only what is sent changes; `description` may be null, which clears it."""
+class ItemUpdate(RequestBody):
+    """Only the fields you send change. `description: null` clears it."""
 
     title: Title | MISSING = MISSING
     description: Description | MISSING = MISSING
 
 
-class ItemPublic(Answer, Timestamps, ItemBase):
+class ItemPublic(ResponseModel, Timestamps, ItemBase):
     id: int
     owner_id: int
 
@@ -311,89 +194,87 @@ class ItemPublic(Answer, Timestamps, ItemBase):
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal."""
+    """Return the SHA-256 hash of a text in hexadecimal."""
     return sha256(text.encode()).hexdigest()
 
 
-class Login(Record, table=True):
-    """One login, from password to logout; deleted when it ends, its tokens with it.
+class Login(TableBase, table=True):
+    """One login. Without this row, none of its tokens is valid.
 
-    A refresh token is `family.secret`: the family is the login's, the secret is new at
-    each use (RFC 9700). A known family with another secret is thus a token that was
-    spent before: a thief's or a victim's. Access tokens have the family as `sid`, which
-    means nothing to another database.
+    A refresh token is `family.secret`. The family stays the same for the whole login;
+    each use replaces the secret. A known family with another secret is a used token: it
+    may be stolen (RFC 9700). Access tokens have the family as their `sid`.
     """
 
     __tablename__ = "logins"
 
-    user_id: int = reference("users.id")
-    family_hash: str = Field(max_length=64, unique=True, repr=False)  # SHA-256, hex
+    user_id: int = foreign_key("users.id")
+    family_hash: str = Field(max_length=64, unique=True, repr=False)
     secret_hash: str = Field(max_length=64, repr=False)
-    expires_at: datetime = Field(index=True)
+    expires_at: datetime
 
 
-class LoginAttempt(Record, table=True):
-    """A wrong guess at a password, kept while it counts."""
+class LoginAttempt(TableBase, table=True):
+    """A failed password check, kept while it counts towards the limit."""
 
     __tablename__ = "login_attempts"
-    __table_args__ = (Index(None, "pair_hash", "created_at"), Index(None, "created_at"))
+    __table_args__ = (Index(None, "key", "created_at"),)
 
-    pair_hash: str = Field(max_length=64)  # of what guesses are counted by
+    key: str = Field(max_length=64)  # hash of what attempts are counted by
 
 
 class PasswordGrant(SQLModel):
-    """The form that logs in (RFC 6749, section 4.3.2)."""
+    """The form to log in (RFC 6749, section 4.3.2)."""
 
     grant_type: Literal["password"]
-    username: Credential = pydantic.Field(examples=["user@example.com"])
-    password: Credential = pydantic.Field(examples=["correct horse"])
+    # A text that is not an email address is allowed: no user has it.
+    username: Email | Credential = pydantic.Field(union_mode="left_to_right")
+    password: CurrentPassword = pydantic.Field(examples=["correct horse"])
 
 
 class RefreshGrant(SQLModel):
-    """The form that renews a login (RFC 6749, section 6)."""
+    """The form to refresh a login (RFC 6749, section 6)."""
 
     grant_type: Literal["refresh_token"]
-    refresh_token: NonEmpty = pydantic.Field(examples=["mdfW.2fwu"])
+    refresh_token: Credential = pydantic.Field(examples=["mdfW.2fwu"])
 
 
-class Token(Answer):
-    """The answer of the token endpoint (RFC 6749, section 5.1)."""
+class Token(ResponseModel):
+    """The token endpoint's response (RFC 6749, section 5.1)."""
 
     access_token: str
-    token_type: str = "bearer"  # noqa: S105 - no secret, a name of RFC 6750
+    token_type: str = "bearer"  # noqa: S105 - not a secret
     expires_in: int  # seconds
     refresh_token: str
 
 
-class AccessToken(SQLModel):
-    """What a verified access token says: which user, by which login."""
+class TokenClaims(pydantic.BaseModel):
+    """The claims of an access token: the user and the login."""
 
     sub: Id
-    sid: Annotated[str, pydantic.AfterValidator(digest)]  # as `family_hash` stores it
+    sid: Annotated[str, AfterValidator(digest)]  # Login.family_hash
 
 
-# --- What all routes share
+# --- Shared by all routes
 
 
-class Page(SQLModel):
-    """Which rows of a list to return, and in which order."""
+class PageParams(SQLModel):
+    """The query parameters of a page."""
 
-    skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to leave out")
-    limit: int = Field(default=100, ge=1, le=100, description="Rows to return at most")
-    after: int | None = Field(
-        default=None, ge=0, le=MAX_ID, description="Start behind the row with this id"
-    )
-    sort: str = pydantic.Field("id", pattern="^-?id$", description="-id: newest first")
+    skip: int = Field(default=0, ge=0, le=MAX_ID, description="Rows to skip")
+    limit: int = Field(default=100, ge=1, le=100, description="Maximum number of rows")
+    after: int | None = Field(None, ge=0, le=MAX_ID, description="Start after this id")
+    sort: Literal["id", "-id"] = Field(default="id", description="`-id`: newest first")
 
 
-class Problem(SQLModel):
-    """An error: what was wrong and what to do."""
+class ErrorResponse(SQLModel):
+    """An error response."""
 
     detail: str
 
 
-class OAuth2Problem(Problem):
-    """An error of the token and revocation endpoints (RFC 6749, section 5.2)."""
+class OAuth2ErrorResponse(ErrorResponse):
+    """An error response of the OAuth2 endpoints (RFC 6749, section 5.2)."""
 
     error: str
     error_description: str

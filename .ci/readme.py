@@ -1,14 +1,14 @@
-"""Do what the README says, to the letter, in a clone of the repository.
+"""Do what the README says in a clone of the repository, on SQLite and on PostgreSQL.
 
     uv run python .ci/readme.py CLONE
 
-Starts the app by the README's command and pastes the tour into bash, on SQLite and on
-PostgreSQL. Then pastes recipe after recipe, each with the commands that follow a
-change, where users and items are there already, and checks the result by all rules.
+Follow the tour. Then paste recipe after recipe, run the commands that go with them, on
+databases with rows, and the test suite at the end.
 """
 
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -29,19 +29,19 @@ def section(title: str) -> str:
 
 
 def blocks(language: str, text: str) -> list[str]:
-    """Return the fenced blocks of a text in a language."""
+    """Return the code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def bash(script: str, **env: str) -> None:
-    """Run a script in the clone, as a person would who stops at the first failure."""
+    """Run a script in the clone, and stop at the first failure."""
     print(f"$ {script}", flush=True)
     command = ["bash", "-euo", "pipefail", "-c", script]
     subprocess.run(command, cwd=CLONE, env=os.environ | env, check=True)
 
 
 def tour(**env: str) -> None:
-    """Start the app, wait until it answers, and follow the tour."""
+    """Start the app, wait until it is ready, and follow the tour."""
     [start] = blocks("bash", section("Start"))
     print(f"$ {start}", flush=True)
     server = subprocess.Popen(start.split(), cwd=CLONE, env=os.environ | env)
@@ -59,47 +59,71 @@ def tour(**env: str) -> None:
 
 
 def paste(part: str) -> None:
-    """Put code where its first line says: `# models.py, in class User`, for example."""
+    """Put code where its first line says, such as "# models.py, in class User"."""
     head, _, code = part.partition("\n")
-    place = re.fullmatch(r"# (\w+\.py)(?:, (imports|above|in))?(?: (class \w+))?", head)
-    if not place:
-        sys.exit(f"A place that nobody finds: {head}")
-    file, where, name = place.groups()
+    file, _, place = head.removeprefix("# ").partition(", ")
     text = (CLONE / file).read_text()
-    if where == "in":  # at the end of the class
-        start = text.index(f"\n{name}(")
-        at = re.compile(r"\n+(?=\S)").search(text, start + 1)
-        end = at.start() if at else len(text)
-        text = f"{text[:end]}\n{code}{text[end:]}"
-    elif where:  # above a class, or the first import of a module of that name
-        before = f"{name}(" if name else " ".join(code.split()[:2])
-        text = text.replace(f"\n{before}", f"\n{code}\n\n{before}", 1)
-    else:
-        text = f"{text}\n\n{code}"
+    if place.startswith("in class "):  # at its end
+        start = text.index(f"\nclass {place.removeprefix('in class ')}(")
+        end = re.compile(r"\n+(?=\S)|\Z").search(text, start + 1)
+        assert end, head
+        text = f"{text[: end.start()]}\n{code}{text[end.start() :]}"
+    elif place.startswith("above "):
+        name = f"\n{place.removeprefix('above ')}("
+        assert name in text, head
+        text = text.replace(name, f"\n{code}\n\n{name}", 1)
+    elif place.startswith("instead of "):
+        old = f"{place.removeprefix('instead of ')}\n"
+        assert old in text, head
+        text = text.replace(old, code, 1)
+    elif place == "the last lines":
+        text = re.sub(r"^for router in .*\n", code, text, flags=re.M)
+    else:  # a new section; in app.py, above the health checks
+        before, heading, after = text.partition("\n# --- Routes: health")
+        text = f"{before}\n\n{code}\n\n{heading}{after}"
     (CLONE / file).write_text(text)
 
 
+def import_names() -> None:
+    """Import the names that are used, as an editor would."""
+    for file in ("models.py", "app.py"):
+        check = "uv run ruff check --select F821 --output-format concise"
+        out = subprocess.run([*check.split(), file], cwd=CLONE, stdout=subprocess.PIPE)
+        path, models = CLONE / file, (CLONE / "models.py").read_text()
+        for name in set(re.findall(r"Undefined name `(\w+)`", out.stdout.decode())):
+            module = {"StringConstraints": "pydantic"}.get(name, "sqlmodel")
+            module = "models" if f"\nclass {name}(" in models else module
+            line = f"from {module} import {name}\nimport"
+            path.write_text(
+                re.sub(r"^import", line, path.read_text(), count=1, flags=re.M)
+            )
+
+
 def grow(url: str) -> None:
-    """Follow each recipe on SQLite, then bring a PostgreSQL there, and once more."""
+    """Follow each recipe on SQLite, then migrate PostgreSQL; then the other way."""
     before = set(VERSIONS.iterdir())
     introduction, *recipes = section("Grow it").split("\n### ")
     [commands] = blocks("console", introduction)
     *change, suite = commands.splitlines()
+    change.remove("uv run mypy")  # at the end
     for recipe in recipes:
         print(f"== {recipe.partition(chr(10))[0]}", flush=True)
         for block in blocks("python", recipe):
             for part in re.split(r"\n(?=# \w+\.py)", block):
                 paste(part)
+        import_names()
         bash("\n".join(change))
-    upgrade, rules = "uv run alembic upgrade head", "uv run alembic check\n"
-    rules += "uv run alembic downgrade base"
-    bash(f"{upgrade}\n{rules}", DATABASE_URL=url)
-    bash(rules)
+    upgrade, check = "uv run alembic upgrade head", "uv run alembic check"
+    back = "uv run alembic downgrade base"
+    bash(f"{upgrade}\n{check}\n{back}", DATABASE_URL=url)
+    bash(f"{check}\n{back}")
     for generated in set(VERSIONS.iterdir()) - before:
-        generated.unlink()  # all in one, generated by PostgreSQL
-    bash("\n".join([upgrade, *change, rules]), DATABASE_URL=url)
-    bash(f"{upgrade}\n{rules}")
-    bash(f"uv run ruff check\nuv run ruff format --check\nuv run mypy\n{suite}")
+        generated.unlink()  # again, all in one and generated on PostgreSQL
+    bash("\n".join([*change, check, back]), DATABASE_URL=url)
+    bash(f"{upgrade}\n{check}")
+    for command in re.findall(r"`(uv run python [^`]+)`", section("Grow it")):
+        bash(command, SECRET_KEY=secrets.token_hex(32))
+    bash(f"uv run ruff check\nuv run ruff format --check\nuv run mypy\n{suite} -q")
 
 
 for name in ("UV_PROJECT_ENVIRONMENT", "VIRTUAL_ENV"):

@@ -1,75 +1,73 @@
-"""How Alembic reaches the database: in one transaction, one process at a time.
-
-The app's start hands its connection over; `uv run alembic …` opens one of its own.
-"""
+"""The Alembic environment: one transaction, and one process at a time."""
 
 import asyncio
 import logging
 import os
-import traceback
-from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+import sqlalchemy as sa
 from alembic import context
-from alembic.util import CommandError
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from alembic.autogenerate.rewriter import Rewriter
+from alembic.operations.ops import AddColumnOp
+from sqlmodel import SQLModel
 
-from migrations.portable import OPTIONS, locked
+import models  # noqa: F401 - adds the tables to SQLModel.metadata
 
-config = context.config
+rewriter = Rewriter()
 
 
-def migrate(connection: Connection) -> None:
-    """Do all that the command asks for or, after an error, nothing."""
-    with locked(connection):
-        context.configure(connection, **OPTIONS)
-        if config.attributes.get("only_if_empty") and is_behind():
-            return
-        try:
+@rewriter.rewrites(AddColumnOp)
+def add_default(_context: object, _revision: object, op: AddColumnOp) -> AddColumnOp:
+    """Add a new NOT NULL column's constant default to the database, for old rows."""
+    default = getattr(op.column.default, "arg", None)
+    if not op.column.nullable and type(default) in (bool, int, float, str):
+        value = str(int(default) if isinstance(default, bool) else default)
+        name, type_ = op.column.name, op.column.type
+        op.column = sa.Column(name, type_, nullable=False, server_default=value)
+    return op
+
+
+def do_run_migrations(connection: sa.Connection) -> None:
+    """Run the migrations in one transaction: an error undoes all of them."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    driver: Any = connection.connection
+    if is_sqlite:
+        # To alter a table, Alembic copies and drops it, which must not delete the rows
+        # that reference it. The pragma has no effect inside a transaction.
+        driver.execute("PRAGMA foreign_keys = OFF").close()
+    try:
+        with connection.begin():
+            if not is_sqlite:
+                # Other processes wait here; on SQLite, at BEGIN IMMEDIATE.
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7265617)"))
+            context.configure(
+                connection,
+                target_metadata=SQLModel.metadata,
+                render_as_batch=True,  # for SQLite's limited ALTER TABLE
+                process_revision_directives=rewriter,
+            )
             context.run_migrations()
-        except Exception as error:
-            for frame in traceback.extract_tb(error.__traceback__):
-                file = Path(frame.filename)
-                if file.parent.name == "versions":  # a migration has failed
-                    cause = getattr(error, "orig", None) or error
-                    reason = str(cause).partition("\n")[0]  # a DETAIL would show a row
-                    place = f"migrations/versions/{file.name}:{frame.lineno}"
-                    raise CommandError(f"{place}: {reason}") from error
-            raise
+    finally:
+        if is_sqlite:
+            driver.execute("PRAGMA foreign_keys = ON").close()
 
 
-def is_behind() -> bool:
-    """Tell whether a database that is not empty lacks migrations, and log which."""
-    state: Any = context.get_context()
-    current = state.get_current_heads()
-    state.script.get_revisions(current)  # an error if the database is newer than we are
-    pending = [*state.script.iterate_revisions("heads", current)] if current else []
-    if pending:
-        names = ", ".join(f"{script.revision} ({script.doc})" for script in pending)
-        log = logging.getLogger("uvicorn.error")  # the server's own
-        log.warning("Not migrated yet: %s. Run: uv run alembic upgrade head", names)
-    return bool(pending)
-
-
-async def connect_and_migrate() -> None:
-    os.environ["SECRET_KEY"] = token_hex(32)  # the app asks for one; it signs nothing
-    from app import migrating, reason
+async def run_async_migrations() -> None:
+    os.environ["SECRET_KEY"] = token_hex(32)  # the app needs one to be imported
+    from app import describe_error, migration_engine
 
     try:
-        async with migrating.connect() as connection:
-            await connection.run_sync(migrate)
-    except (DBAPIError, OSError) as error:  # one line instead of a page of traceback
-        raise CommandError(f"The database: {reason(error)}") from None
+        async with migration_engine.connect() as connection:
+            await connection.run_sync(do_run_migrations)
+    except (sa.exc.DBAPIError, OSError, ValueError) as error:
+        raise SystemExit(f"Database error: {describe_error(error)}") from None
     finally:
-        await migrating.dispose()
+        await migration_engine.dispose()
 
 
-if connection := config.attributes.get("connection"):
-    migrate(connection)
+if connection := context.config.attributes.get("connection"):
+    do_run_migrations(connection)
 else:
-    for name in ("alembic.runtime.migration", "alembic.autogenerate", "alembic.ext"):
-        logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(logging.StreamHandler())
-    asyncio.run(connect_and_migrate())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    asyncio.run(run_async_migrations())
