@@ -172,7 +172,7 @@ if settings.database_url.startswith("sqlite"):
     # SQLite allows one writer at a time: transactions queue for a single connection.
     engine = create_async_engine(url, **engine_options | {"pool_size": 1})
     autocommit_engine = migration_engine = engine
-    if not in_memory:  # one connection holds the database
+    if not in_memory:  # in memory, only one connection sees the database
         autocommit_engine = create_async_engine(url, **engine_options | AUTOCOMMIT)
 
     @sa.event.listens_for(engine.sync_engine, "begin")
