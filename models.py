@@ -58,7 +58,7 @@ def foreign_key(
     """Return a field that references a column such as "users.id", with an index.
 
     `ondelete` says what happens to this row when the referenced row is deleted;
-    `options` are passed to SQLModel's `Field`.
+    `options` are passed to SQLModel's `Field`, such as `default=None`.
     """
     all_options: Any = {"index": True, "sa_type": BigInteger} | options
     return Field(foreign_key=column, ondelete=ondelete, **all_options)
