@@ -498,7 +498,7 @@ def upgrade_schema(connection: sa.Connection) -> None:
     config = Config(HERE / "alembic.ini", attributes={"connection": connection})
     current = MigrationContext.configure(connection).get_current_revision()
     connection.rollback()  # end the transaction that the query began
-    if not (current and IS_DEVELOPMENT):  # in development, read it first
+    if not (current and IS_DEVELOPMENT):
         command.upgrade(config, "head")
     elif current != ScriptDirectory.from_config(config).get_current_head():
         log.warning("Migrations are pending. Run: uv run alembic upgrade head")
