@@ -587,8 +587,10 @@ async def handle_validation_error(
             {"type": e["type"], "loc": loc, "msg": e["msg"].partition(":")[0]}
         )
     if is_oauth2(request):
-        name = details[0]["loc"][-1] if len(details[0]["loc"]) > 1 else "grant_type"
-        is_unknown = details[0]["type"] == "union_tag_invalid"
+        first = error.errors()[0]
+        name = first["loc"][-1] if len(first["loc"]) > 1 else "grant_type"
+        # An empty parameter counts as missing (RFC 6749, section 3.2).
+        is_unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
         code = "unsupported_grant_type" if is_unknown else "invalid_request"
         problem = OAuth2Error(code, f"{name} is missing or invalid")
         return await handle_http(request, problem)
@@ -793,11 +795,11 @@ async def update_user(
         )
     needs_current_password = is_self and (new or "email" in changes)
     wrong_password = HTTPException(403, "current_password is missing or wrong")
-    if needs_current_password:
-        # Counted per login: a stolen one cannot lock the owner out of the others.
-        hashed = old.hashed_password
-        if not current or not await check_password(current, hashed, caller.login):
-            raise wrong_password
+    # Counted per login: a stolen one cannot lock the owner out of the others.
+    if needs_current_password and not (
+        current and await check_password(current, old.hashed_password, caller.login)
+    ):
+        raise wrong_password
     if new:
         changes["hashed_password"] = await hash_password(new)
     user = await load(session, USER, caller, id=id_)

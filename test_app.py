@@ -453,7 +453,7 @@ async def test_the_token_endpoint_speaks_oauth2(alice: Client) -> None:
     assert claims["sub"] == str(alice.user["id"])
     assert claims["exp"] - claims["iat"] == 1800
     wrong = ["password=wrong", f"username={'x' * 1000}", "username=nobody@example.com"]
-    broken = ["grant_type=refresh_token", f"username={'x' * 1001}"]
+    broken = ["grant_type=", "grant_type=refresh_token", f"username={'x' * 1001}"]
     requests: list[Any] = [{}, {"json": form}, {"data": {"x": "x"}}]
     requests += [{"content": b"\xff"}, {"files": {"x": b"x"}}]
     requests.append({"content": b"garbage", "headers": MULTIPART})
