@@ -9,18 +9,21 @@ caller, the application, the routes. The tables and schemas are in models.py, th
 database migrations in migrations/.
 """
 
+import hmac
 import ipaddress
 import logging
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from urllib.parse import parse_qsl, urlencode
 
 import anyio
@@ -31,19 +34,23 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.script.revision import ResolutionError
+from alembic.util import CommandError
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import OAuth2PasswordBearer
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
 from sqlmodel import SQLModel, bindparam, col, delete, func, insert, or_, select, update
 from sqlmodel.ext.asyncio.session import AsyncSession
 from sqlmodel.sql.expression import SelectOfScalar
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 
 from models import (
     MAX_ID,
@@ -65,6 +72,7 @@ from models import (
     TokenClaims,
     User,
     UserCreate,
+    UserPermissions,
     UserPublic,
     UserUpdate,
     digest,
@@ -124,10 +132,7 @@ class Settings(BaseSettings):
     @classmethod
     def check_secret_key(cls, key: str) -> str:
         if len(key.encode()) < 32 or (key == DEVELOPMENT_KEY and not IS_DEVELOPMENT):
-            raise ValueError(
-                "set it to at least 32 random bytes. Generate them with: "
-                "python -c 'import secrets; print(secrets.token_hex(32))'"
-            )
+            raise ValueError("set it to at least 32 random bytes: openssl rand -hex 32")
         return key
 
 
@@ -136,6 +141,8 @@ try:
 except ValidationError as error:
     problems = [f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors()]
     abort_startup("; ".join(problems))
+except (OSError, UnicodeDecodeError) as error:
+    abort_startup(f"Cannot read .env: {error}")
 if settings.secret_key == DEVELOPMENT_KEY:
     log.warning("SECRET_KEY is the built-in development key, which is public")
 
@@ -154,17 +161,15 @@ engine_options: dict[str, Any] = {
     "max_overflow": 0,
     "pool_timeout": settings.database_timeout,
 }
-# BEGIN and COMMIT around a single statement would cost two more round trips.
-AUTOCOMMIT: dict[str, Any] = {
-    "isolation_level": "AUTOCOMMIT",
-    "skip_autocommit_rollback": True,  # a ROLLBACK would be a third
-}
+# BEGIN, COMMIT and ROLLBACK around a single statement would cost three round trips.
+AUTOCOMMIT: Any = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
 
 if settings.database_url.startswith("sqlite"):
     url = sa.make_url(settings.database_url).set(drivername="sqlite+aiosqlite")
     in_memory = url.database in (None, "", ":memory:")
     if not in_memory:  # a relative path is relative to this file
         url = url.set(database=str(HERE / str(url.database)))
+    location = url.database  # for the log
     engine_options["connect_args"] = {
         "timeout": settings.database_timeout,
         "isolation_level": None,  # the driver must not begin transactions by itself
@@ -175,20 +180,19 @@ if settings.database_url.startswith("sqlite"):
     if not in_memory:  # in memory, only one connection sees the database
         autocommit_engine = create_async_engine(url, **engine_options | AUTOCOMMIT)
 
-    @sa.event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine.sync_engine, "begin")
     def begin_immediate(connection: Any) -> None:
-        # A plain BEGIN takes the write lock at the first write, which fails at once if
-        # another connection wrote after this one read. IMMEDIATE waits for the lock.
+        # IMMEDIATE waits for the write lock. With BEGIN alone, a later write can fail.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    @sa.event.listens_for(engine.sync_engine, "checkin")
+    @event.listens_for(engine.sync_engine, "checkin")
     def roll_back_failed_commit(connection: Any, _: object) -> None:
         # A COMMIT that fails leaves the transaction open and the file locked.
         if connection and connection.driver_connection.in_transaction:
             connection.rollback()
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    @sa.event.listens_for(autocommit_engine.sync_engine, "connect")
+    @event.listens_for(engine.sync_engine, "connect")
+    @event.listens_for(autocommit_engine.sync_engine, "connect")
     def set_pragmas(connection: Any, _: object) -> None:
         connection.execute("PRAGMA journal_mode = WAL").close()
         connection.execute("PRAGMA foreign_keys = ON").close()  # off by default
@@ -197,15 +201,17 @@ else:
     address, _, query = settings.database_url.partition("://")[2].partition("?")
     # Hosting services add these to URLs; asyncpg would send them on to the server.
     unknown = "channel_binding", "connect_timeout", "gssencmode", "pgbouncer"
-    parameters = urlencode([p for p in parse_qsl(query) if p[0] not in unknown])
-    url = sa.make_url("postgresql+asyncpg://")
+    parameters = {k: v for k, v in parse_qsl(query) if k not in unknown}
+    # For the log: host, port and database, without the user and the password
+    location = parameters.get("host", "") + address.rpartition("@")[2]
     engine_options["connect_args"] = connect_args = {
-        "dsn": f"postgresql://{address}?{parameters}",
+        "dsn": f"postgresql://{address}?{urlencode(parameters)}",
         "timeout": settings.database_timeout,
         "command_timeout": settings.database_timeout,
         "statement_cache_size": settings.database_statement_cache_size,
         "prepared_statement_cache_size": settings.database_statement_cache_size,
     }
+    url = sa.make_url("postgresql+asyncpg://")
     autocommit_engine = create_async_engine(url, **engine_options | AUTOCOMMIT)
     # The same connection pool, with transactions
     engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")
@@ -214,11 +220,11 @@ else:
         url, poolclass=sa.NullPool, hide_parameters=True, connect_args=migration_args
     )
 
-    @sa.event.listens_for(autocommit_engine.sync_engine, "checkout")
+    @event.listens_for(autocommit_engine.sync_engine, "checkout")
     def replace_closed_connection(connection: Any, *_: object) -> None:
         # asyncpg knows if the server hung up: pool_pre_ping would cost a round trip.
         if connection.driver_connection.is_closed():
-            raise sa.exc.DisconnectionError  # the pool connects again
+            raise exc.DisconnectionError  # the pool connects again
 
 
 async def get_session() -> AsyncGenerator[AsyncSession]:
@@ -232,43 +238,78 @@ async def get_session() -> AsyncGenerator[AsyncSession]:
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 
 
+# How codes of errors begin: SQLSTATEs of PostgreSQL, names of SQLite, Python's classes
+OUTAGES = re.compile(
+    "08|25006|28|3D|40|53|55|57|58|OSError|TimeoutError|NotSupportedError|"
+    "SQLITE_(BUSY|CANTOPEN|FULL|IOERR|LOCKED|READONLY|SCHEMA)"
+)
+INVALID = re.compile("22|23514|23P01|SQLITE_CONSTRAINT_CHECK|OverflowError|ValueError")
+DATABASE_PACKAGES = "aiosqlite", "asyncpg", "sqlalchemy", "sqlmodel"
+
+
+def get_error_code(error: Exception) -> str:
+    """Return the code of a database error, or "" for any other error."""
+    cause = getattr(error, "orig", None) or error
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+    if code or getattr(error, "connection_invalidated", False):
+        return code or "08"
+    # Drivers also raise errors of Python. Did one raise this, and not our code?
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    packages = [f.f_globals.get("__name__", "").partition(".")[0] for f in frames]
+    ignored = {*sys.stdlib_module_names, "uvloop"}  # what drivers call
+    raised_by = next((p for p in reversed(packages) if p not in ignored), "")
+    names = [c.__name__ for c in type(cause).__mro__ if raised_by in DATABASE_PACKAGES]
+    return next((n for n in names if OUTAGES.match(n) or INVALID.match(n)), "")
+
+
 def describe_error(error: Exception) -> str:
-    """Return a database error in one line, without values."""
-    if isinstance(error, ValueError):  # from asyncpg; may contain part of the password
+    """Return an error in one line, without values and passwords."""
+    if get_error_code(error) == "ValueError":  # may contain a part of the password
         return "DATABASE_URL is not valid. Is its password percent-encoded?"
     text = str(getattr(error, "orig", None) or error).partition("\n")[0]
-    return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (database: {location})"
 
 
 # --- Queries: run a single statement, get a page of a list, load an object to change
 # Keep statements as constants beside their routes, with `bindparam` for parameters:
 # building one for every request would take about half as long as running it.
 
-type Caller = sa.Row[Any]  # a row with the columns of the user: see `get_caller`
+if not TYPE_CHECKING:
+    Caller = sa.Row
+else:  # for editors: the columns of the row, see `get_caller`
 
-# The caller in a statement: nobody, unless the caller is passed to `fetch` or `load`.
-CALLER_ID = bindparam("caller_id", None, sa.BigInteger)
-IS_SUPERUSER = bindparam("is_superuser", False, sa.Boolean)
+    class Caller(User):
+        login: str
+
+
+# The caller in a statement. An INSERT or UPDATE would set columns with these names.
+CALLER_ID: sa.BindParameter[int] = bindparam("caller.id", type_=sa.BigInteger)
+IS_SUPERUSER: Any = bindparam("caller.is_superuser", type_=sa.Boolean)
+NO_CALLER: Any = ()  # in place of None, which is a caller who is not logged in
+
+
+def caller_values(caller: Caller | None) -> dict[str, Any]:
+    """Return the values of CALLER_ID and IS_SUPERUSER."""
+    if caller is NO_CALLER:
+        return {}
+    is_superuser = bool(caller and caller.is_superuser)
+    return {"caller.id": caller and caller.id, "caller.is_superuser": is_superuser}
 
 
 def visible(owner_id: Any) -> sa.ColumnElement[bool]:
-    """Return the SQL condition that the caller owns the row or is a superuser.
-
-    `owner_id` is the column with the owner's id. Combine conditions with `&` and `|`.
-    """
+    """Return the SQL condition that the caller owns the row or is a superuser."""
     return or_(owner_id == CALLER_ID, IS_SUPERUSER)
 
 
 async def fetch(
-    statement: sa.Executable, caller: Caller | None = None, /, **values: Any
+    statement: sa.Executable, caller: Caller | None = NO_CALLER, /, **values: Any
 ) -> Sequence[Any]:
     """Run a single statement with these parameter values, commit, and return its rows.
 
     This takes half the time of a session. Do not use it after the request's session was
     used: the request would hold one connection while it waits for another.
     """
-    if caller:
-        values |= {"caller_id": caller.id, "is_superuser": caller.is_superuser}
+    values |= caller_values(caller)
 
     def run() -> Sequence[Any]:
         with autocommit_engine.sync_engine.connect() as connection:
@@ -283,30 +324,41 @@ async def fetch(
 
 
 async def fetch_one(
-    statement: sa.Executable, caller: Caller | None = None, /, **values: Any
+    statement: sa.Executable, caller: Caller | None = NO_CALLER, /, **values: Any
 ) -> Any:
     """Return the first row that `fetch` returns, else raise 404."""
-    rows = await fetch(statement, caller, **values)
-    if not rows:
+    if not (rows := await fetch(statement, caller, **values)):
         raise HTTPException(404, "Not found")
     return rows[0]
 
 
 async def load[T: SQLModel](
-    session: AsyncSession, statement: SelectOfScalar[T], caller: Caller, **values: Any
+    session: AsyncSession,
+    statement: SelectOfScalar[T],
+    caller: Caller | None = NO_CALLER,
+    /,
+    **values: Any,
 ) -> T:
     """Return an object to change, its row locked until the commit, else raise 404.
 
     Lock parents before children, such as users before items: requests that lock rows in
-    different orders can deadlock. Use subqueries: joins would lock more rows.
+    different orders can deadlock. Use subqueries: joins would lock more rows. The lock
+    does not keep others from inserting rows that reference this one.
     """
-    # The login may have ended while the request waited, such as for a password hash.
-    login = select(Login.id).where(Login.family_hash == caller.login).correlate(None)
-    # key_share: others can still insert rows that reference this one.
-    locked = statement.where(login.exists()).with_for_update(key_share=True)
-    values |= {"caller_id": caller.id, "is_superuser": caller.is_superuser}
-    found = (await session.exec(locked, params=values)).first()
-    if found is None:
+    values |= caller_values(caller)
+    locked = statement.with_for_update(key_share=True)
+    options: Any = {"params": values, "execution_options": {"populate_existing": True}}
+    found = (await session.exec(locked, **options)).first()
+    # A statement that waited for a lock sees other rows as they were before. Ask again:
+    # a row in a subquery, the caller's login or a permission may be gone.
+    if caller:
+        names = [name for name in UserPermissions.model_fields if getattr(caller, name)]
+        same = (getattr(User, name) == getattr(caller, name) for name in names)
+        alive = select(User.id).where(User.id == caller.id, *same).correlate(None)
+        if login := getattr(caller, "login", None):  # none without an access token
+            alive = alive.join(Login).where(Login.family_hash == login)
+        statement = statement.where(alive.exists())
+    if found is None or (await session.exec(statement, **options)).first() is None:
         raise HTTPException(404, "Not found")
     return found
 
@@ -329,7 +381,7 @@ class Page:
         self.query, self.url, self.headers = query, request.url, response.headers
 
     async def fetch(
-        self, statements: dict[str, Any], caller: Caller | None = None, /, **values: Any
+        self, statements: Any, caller: Caller | None = NO_CALLER, /, **values: Any
     ) -> Sequence[Any]:
         """Return the rows of the page; set `Link` to the next page (RFC 8288)."""
         query = self.query
@@ -337,11 +389,10 @@ class Page:
         values |= {"after": query.after, "skip": query.skip, "limit": query.limit + 1}
         rows = await fetch(statements[query.sort], caller, **values)
         if len(rows) > query.limit:
-            rows = rows[:-1]
             url = self.url.remove_query_params("skip")
-            url = url.include_query_params(after=rows[-1].id)
+            url = url.include_query_params(after=rows[-2].id)
             self.headers["Link"] = f'<{url}>; rel="next"'
-        return rows
+        return rows[: query.limit]
 
 
 # An async function, because FastAPI would call the class itself in a thread.
@@ -371,22 +422,22 @@ def get_client_ip(request: Request) -> str:
 
 
 async def run_bcrypt[T](function: Callable[..., T], *args: Any) -> T:
-    """Run a bcrypt function in a thread; raise TimeoutError if none is free in 15 s.
+    """Run a bcrypt function in a thread; raise 503 if none is free in 15 s.
 
     Call it before the session is used, so that no connection is held meanwhile.
     """
-    with anyio.fail_after(15):  # a thread that has started is not cancelled
+    with anyio.move_on_after(15):  # a thread that has started is not cancelled
         return await anyio.to_thread.run_sync(function, *args, limiter=bcrypt_limiter)
+    log.warning("Responded with 503: no thread for hashing was free in time")
+    raise OAuth2Error("temporarily_unavailable", "Too many logins", 503, RETRY)
 
 
 async def hash_password(password: str) -> str:
-    """Return the bcrypt hash of a password."""
     salt = bcrypt.gensalt(settings.bcrypt_rounds)
     return (await run_bcrypt(bcrypt.hashpw, password.encode(), salt)).decode()
 
 
-# No password has this hash. It is checked for an unknown email, which must take as long
-# as a known one: otherwise the response time would tell which emails are registered.
+# No password has this hash. It is checked for unknown emails: they must take as long.
 DUMMY_HASH = f"$2b${settings.bcrypt_rounds:02}${'.' * 53}"
 
 
@@ -398,6 +449,9 @@ def verify_password(password: str, hashed: str) -> bool:
         return bcrypt.checkpw(encoded[:72], hashed.encode()) and len(encoded) <= 72
     except ValueError:  # not a bcrypt hash: no password matches
         return verify_password(password, DUMMY_HASH)
+
+
+RETRY = {"Retry-After": "1"}
 
 
 class OAuth2Error(HTTPException):
@@ -420,7 +474,7 @@ async def check_attempt_limit(key: str) -> None:
     [(failures, first)] = await fetch(FAILED_ATTEMPTS, key=key, since=since)
     if 0 < settings.max_failed_logins <= failures:
         wait = {"Retry-After": str(int((first - since).total_seconds()) + 1)}
-        raise OAuth2Error("invalid_grant", "Too many failed logins", 429, wait)
+        raise OAuth2Error("invalid_grant", "Too many failed attempts", 429, wait)
 
 
 async def check_password(password: str, hashed: str, throttle_key: str) -> bool:
@@ -452,14 +506,16 @@ def make_token(user_id: int, family: str, secret: str) -> Token:
     )
 
 
-def decode_access_token(token: str, *, expired_ok: bool = False) -> TokenClaims | None:
-    """Return the claims of an access token, or None if it is not valid."""
-    options: Any = {"require": ["exp"], "verify_exp": not expired_ok}
-    options["verify_iat"] = False  # the clock of the host that issued it may be ahead
-    with suppress(jwt.InvalidTokenError, ValueError):
-        claims = jwt.decode(token, settings.secret_key, ["HS256"], options)
-        return TokenClaims.model_validate(claims)
-    return None
+@lru_cache(maxsize=1000)  # checking a token takes longer than a query
+def decode_access_token(token: str) -> TokenClaims | None:
+    """Return the claims of an access token, which may have expired, or None."""
+    options: Any = {"require": ["exp"], "verify_exp": False, "verify_iat": False}
+    try:
+        return TokenClaims.model_validate(
+            jwt.decode(token, settings.secret_key, ["HS256"], options)
+        )
+    except (jwt.InvalidTokenError, ValueError):
+        return None
 
 
 # --- The caller: the user who makes the request
@@ -479,8 +535,10 @@ CALLER: Any = select(User, col(Login.family_hash).label("login")).where(
 
 async def get_caller(token: BearerDep) -> Any:
     """Return the columns of the user, and `login`, the login's hash; else raise 401."""
-    claims = decode_access_token(token or "")
-    rows = await fetch(CALLER, sub=claims.sub, sid=claims.sid) if claims else []
+    rows: Sequence[Any] = []
+    claims = decode_access_token((token or "")[:1000])  # the cache keeps the key
+    if claims and claims.exp > time.time():
+        rows = await fetch(CALLER, sub=claims.sub, sid=claims.sid)
     if not rows:
         headers = {"WWW-Authenticate": "Bearer"}  # RFC 6750
         raise HTTPException(401, "Missing or invalid access token", headers)
@@ -496,12 +554,19 @@ CallerDep = Annotated[Caller, Depends(get_caller)]
 def upgrade_schema(connection: sa.Connection) -> None:
     """Run the pending migrations; in development, only on an empty database."""
     config = Config(HERE / "alembic.ini", attributes={"connection": connection})
-    current = MigrationContext.configure(connection).get_current_revision()
+    script = ScriptDirectory.from_config(config)
+    current = MigrationContext.configure(connection).get_current_heads()
     connection.rollback()  # end the transaction that the query began
-    if not (current and IS_DEVELOPMENT):
-        command.upgrade(config, "head")
-    elif current != ScriptDirectory.from_config(config).get_current_head():
-        log.warning("Migrations are pending. Run: uv run alembic upgrade head")
+    try:
+        if not (current and IS_DEVELOPMENT):
+            command.upgrade(config, "head")
+        elif set(script.get_revisions(current)) != set(script.get_revisions("heads")):
+            log.warning("Migrations are pending. Run: uv run alembic upgrade head")
+    except CommandError as error:
+        if not isinstance(error.__cause__, ResolutionError):
+            raise
+        # Newer code has migrated the database: it runs beside this, or was rolled back.
+        log.warning("The database is newer than the code. %s", error)
 
 
 async def create_first_superuser() -> None:
@@ -509,11 +574,12 @@ async def create_first_superuser() -> None:
     email, password = settings.first_superuser_email, settings.first_superuser_password
     superusers = select(User.id).where(User.is_superuser).limit(1)
     if email and password and not await fetch(superusers):
-        hashed = await hash_password(password)
-        values = {"email": email, "hashed_password": hashed, "is_superuser": True}
-        with suppress(sa.exc.IntegrityError):  # the email exists already
-            await fetch(insert(User), **values)
+        values = {"email": email, "hashed_password": await hash_password(password)}
+        try:
+            await fetch(insert(User), **values, is_superuser=True)
             log.warning("Created the first superuser")
+        except exc.IntegrityError:
+            log.warning("Did not create the first superuser: the email is registered")
 
 
 @asynccontextmanager
@@ -527,10 +593,10 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
                     await connection.run_sync(upgrade_schema)
             await create_first_superuser()
             break
-        except (sa.exc.DBAPIError, OSError, ValueError) as error:
-            if isinstance(error, ValueError) or time.monotonic() > deadline:
-                abort_startup(f"Database error: {describe_error(error)}")
-            log.warning("Retrying after a database error: %s", describe_error(error))
+        except Exception as error:
+            if not OUTAGES.match(get_error_code(error)) or time.monotonic() > deadline:
+                abort_startup(describe_error(error))
+            log.warning("Retrying. %s", describe_error(error))
             await anyio.sleep(1)
     yield
     with anyio.move_on_after(2):  # seconds: do not wait for an unresponsive database
@@ -547,6 +613,70 @@ app = FastAPI(
     lifespan=lifespan,
     redirect_slashes=False,  # the redirect would trust the client's Host header
 )
+
+
+@app.exception_handler(StarletteHTTPException)
+async def handle_http(request: Request, error: StarletteHTTPException) -> Response:
+    """Respond with the detail; the OAuth2 endpoints add the fields of OAuth2."""
+    content, headers = {"detail": error.detail}, dict(error.headers or {})
+    if request.scope.get("endpoint") in OAUTH2_ENDPOINTS:
+        code = getattr(error, "code", "invalid_request")
+        content |= {"error": code, "error_description": error.detail}
+        headers |= {"Cache-Control": "no-store"}
+    return JSONResponse(content, error.status_code, headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def handle_invalid(request: Request, error: RequestValidationError) -> Response:
+    """Respond without the values that were sent: one may be a password."""
+    for e in (problems := error.errors()[:10]):
+        if e["type"] == "value_error":  # what follows a colon may be part of a value
+            e["msg"] = e["msg"].partition(":")[0]
+    if request.scope.get("endpoint") in OAUTH2_ENDPOINTS:
+        first = problems[0]
+        name = first["loc"][-1] if len(first["loc"]) > 1 else "grant_type"
+        # An empty parameter counts as missing (RFC 6749, section 3.2).
+        is_unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
+        code = "unsupported_grant_type" if is_unknown else "invalid_request"
+        detail = f"In the form, {name} is missing or invalid"
+        return await handle_http(request, OAuth2Error(code, detail))
+    details = [{key: e[key] for key in ("type", "loc", "msg")} for e in problems]
+    return JSONResponse({"detail": details}, 422)
+
+
+def describe_rejection(code: str, cause: Any) -> str | None:
+    """Return a message for the client if the database rejected a value, else None."""
+    if re.match("23505|SQLITE_CONSTRAINT_(UNIQUE|PRIMARYKEY)", code):
+        # PostgreSQL: "Key (a, b)=(1, 2) already exists."; SQLite: "… failed: t.a, t.b"
+        text = getattr(cause, "detail", None) or str(cause)
+        found = re.match(r"[^(]*\(([\w, ]+)\)=|UNIQUE.* failed: ([\w., ]+)$", text)
+        names = re.sub(r"\w+\.", "", found[1] or found[2]) if found else "value"
+        return f"{names.replace('_', ' ').capitalize()} already registered"
+    if code in ("23503", "23001") or str(cause) == "FOREIGN KEY constraint failed":
+        return "A referenced row is missing or still in use"
+    return "A value is invalid or out of range" if INVALID.match(code) else None
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Respond with 503 to an outage, with 400 to a rejected value, else with 500."""
+    code = get_error_code(error)
+    if OUTAGES.match(code):
+        log.warning("Responded with 503: %s", describe_error(error))
+        response = OAuth2Error("temporarily_unavailable", "Try again later", 503, RETRY)
+    elif message := describe_rejection(code, getattr(error, "orig", None)):
+        log.info("Responded with 400: the database rejected a value (%s)", code)
+        response = OAuth2Error("invalid_request", message)
+    else:
+        if isinstance(error, ResponseValidationError):
+            for problem in error.errors():
+                problem.pop("input", None)  # may be a row with a password's hash
+        log.error("Unexpected error", exc_info=error)
+        response = OAuth2Error("server_error", "Internal server error", 500)
+    return await handle_http(request, response)
+
+
+# Inside CORS, so that the web page of another origin can read the response
+app.add_middleware(ExceptionMiddleware, handlers={Exception: handle_error})
 origins = [o.strip().removesuffix("/") for o in settings.cors_origins.split(",")]
 app.add_middleware(
     CORSMiddleware,
@@ -556,86 +686,6 @@ app.add_middleware(
     allow_headers=["*"],
     expose_headers=["Link", "Retry-After"],
 )
-
-
-def is_oauth2(request: Request) -> bool:
-    """Return whether the request is for one of the OAuth2 endpoints."""
-    return getattr(request.scope.get("route"), "path", "").startswith("/auth/")
-
-
-@app.exception_handler(StarletteHTTPException)
-async def handle_http(request: Request, error: StarletteHTTPException) -> Response:
-    """Respond with the detail; the OAuth2 endpoints add the fields of OAuth2."""
-    content, headers = {"detail": error.detail}, dict(error.headers or {})
-    if is_oauth2(request):
-        code = getattr(error, "code", "invalid_request")
-        content |= {"error": code, "error_description": error.detail}
-        headers |= {"Cache-Control": "no-store"}
-    return JSONResponse(content, error.status_code, headers)
-
-
-@app.exception_handler(RequestValidationError)
-async def handle_validation_error(
-    request: Request, error: RequestValidationError
-) -> Response:
-    """Respond without the values that were sent: one may be a password."""
-    details = []
-    for e in error.errors()[:10]:
-        # The name of an unknown field was sent, too. A colon may introduce a value.
-        loc = e["loc"][:-1] if e["type"] == "extra_forbidden" else e["loc"]
-        details.append(
-            {"type": e["type"], "loc": loc, "msg": e["msg"].partition(":")[0]}
-        )
-    if is_oauth2(request):
-        first = error.errors()[0]
-        name = first["loc"][-1] if len(first["loc"]) > 1 else "grant_type"
-        # An empty parameter counts as missing (RFC 6749, section 3.2).
-        is_unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
-        code = "unsupported_grant_type" if is_unknown else "invalid_request"
-        problem = OAuth2Error(code, f"{name} is missing or invalid")
-        return await handle_http(request, problem)
-    return JSONResponse({"detail": details}, 422)
-
-
-def describe_integrity_error(error: sa.exc.IntegrityError) -> str:
-    """Return a message for the client that names the unique columns, if any."""
-    # PostgreSQL: "Key (a, b)=(1, 2) already exists."; SQLite: "failed: t.a, t.b"
-    text = getattr(error.orig, "detail", None) or str(error.orig)
-    names = re.search(r"\(([\w, ]+)\)=.*exists|UNIQUE.*failed: ([\w., ]+)$", text)
-    if not names:
-        return "A constraint failed: a referenced row may be missing or still in use"
-    columns = re.sub(r"\w+\.", "", names[1] or names[2]).replace("_", " ")
-    return f"{columns.capitalize()} already registered"
-
-
-# Temporary failures, by exception class (NotSupportedError: a prepared statement from
-# before a migration) and by the start of PostgreSQL's SQLSTATE
-OUTAGES: Any = OSError | sa.exc.TimeoutError | sa.exc.OperationalError
-OUTAGES |= sa.exc.NotSupportedError
-OUTAGE_SQLSTATES = re.compile("08|25006|28|3D|40|42703|42P01|53|55|57|58")
-
-
-@app.exception_handler(sa.exc.SQLAlchemyError)
-@app.exception_handler(OSError)  # from asyncpg, and TimeoutError from `run_bcrypt`
-@app.exception_handler(OverflowError)  # from sqlite3
-@app.exception_handler(UnicodeEncodeError)  # from sqlite3
-async def handle_database_error(request: Request, error: Exception) -> Response:
-    """Respond with 400 to rejected data and with 503 to a temporary failure."""
-    cause = getattr(error, "orig", None) or error
-    sqlstate = getattr(cause, "sqlstate", None) or ""
-    is_outage = isinstance(error, OUTAGES) or OUTAGE_SQLSTATES.match(sqlstate)
-    if isinstance(error, sa.exc.IntegrityError):
-        response = HTTPException(400, describe_integrity_error(error))
-    elif sqlstate.startswith("22") or isinstance(cause, ValueError | OverflowError):
-        response = HTTPException(400, "A value is invalid or out of range")
-    elif is_outage or getattr(error, "connection_invalidated", False):
-        log.warning("Responded with 503: %s", describe_error(error))
-        detail, wait = "Service temporarily unavailable", {"Retry-After": "1"}
-        response = OAuth2Error("temporarily_unavailable", detail, 503, wait)
-    else:
-        log.error("Unexpected error", exc_info=error)
-        response = OAuth2Error("server_error", "Internal server error", 500)
-    return await handle_http(request, response)
 
 
 def errors(*codes: int | str, model: type[SQLModel] = ErrorResponse) -> Any:
@@ -650,55 +700,62 @@ LINK: Any = {200: {"headers": {"Link": {"schema": {"type": "string"}}}}}
 
 # "4XX" takes the place of FastAPI's 422: invalid input is a 400 here.
 OAUTH2_ERRORS = errors(400, "4XX", 503, model=OAuth2ErrorResponse)
-auth = APIRouter(prefix="/auth", tags=["auth"], responses=OAUTH2_ERRORS)
+auth = APIRouter(prefix="/auth", tags=["auth"])
 LOGIN_LIFETIME = timedelta(days=settings.refresh_token_expire_days)
+REFRESH_LEEWAY = timedelta(seconds=30)
 ACTIVE_USER = select(User).where(User.email == bindparam("email"), col(User.is_active))
+LOCKED_USER = ACTIVE_USER.where(
+    User.hashed_password == bindparam("hashed")
+).with_for_update(key_share=True)
 
 
 async def log_in(session: AsyncSession, grant: PasswordGrant, client_ip: str) -> Token:
     """Return the tokens of a new login, else raise `invalid_grant`."""
     error = OAuth2Error("invalid_grant", "Wrong email or password")
     email = grant.username
-    rows = await fetch(ACTIVE_USER, email=email)
-    hashed = rows[0].hashed_password if rows else DUMMY_HASH
+    found = await fetch(ACTIVE_USER, email=email)
+    hashed = found[0].hashed_password if found else DUMMY_HASH
     if not await check_password(grant.password, hashed, f"login {email} {client_ip}"):
         raise error
     # Lock the user: a concurrent password change must wait, so that it ends this login.
-    locked = ACTIVE_USER.where(User.hashed_password == hashed)
-    locked = locked.with_for_update(key_share=True)
-    user = (await session.exec(locked, params={"email": email})).first()
-    if user is None:
+    rows = await session.exec(LOCKED_USER, params={"email": email, "hashed": hashed})
+    if not (user := rows.first()):
         raise error
-    expired = col(Login.expires_at) < utc_now()
-    await session.exec(delete(Login).where(col(Login.user_id) == user.id, expired))
-    family, secret = token_urlsafe(16), token_urlsafe(32)
-    login = Login(
-        user_id=user.id,
-        family_hash=digest(family),
-        secret_hash=digest(secret),
-        expires_at=utc_now() + LOGIN_LIFETIME,
+    family, secret, now = token_urlsafe(16), token_urlsafe(32), utc_now()
+    await session.exec(
+        delete(Login).where(col(Login.user_id) == user.id, col(Login.expires_at) < now)
     )
-    session.add(login)
+    hashes: Any = {"family_hash": digest(family), "secret_hash": digest(secret)}
+    session.add(Login(user_id=user.id, expires_at=now + LOGIN_LIFETIME, **hashes))
     return make_token(user.id, family, secret)
 
 
 async def refresh_login(session: AsyncSession, refresh_token: str) -> Token:
-    """Return new tokens; else end the login, if any, and raise `invalid_grant`."""
+    """Return new tokens; else end the login, if any, and raise `invalid_grant`.
+
+    The new secret is derived from the old token, so that a request that is repeated at
+    once, such as by a second tab or after a lost response, gets the same refresh token.
+    """
     family, _, secret = refresh_token.partition(".")
-    new_secret, now = token_urlsafe(32), utc_now()
+    key, message = settings.secret_key.encode(), f"refresh {refresh_token}".encode()
+    new_secret, now = hmac.digest(key, message, "sha256").hex(), utc_now()
     alive = (col(Login.family_hash) == digest(family)) & (col(Login.expires_at) > now)
+    is_active = col(Login.user_id).in_(select(User.id).where(User.is_active))
     # One statement checks and replaces the secret: of concurrent uses, one succeeds.
-    updated = await session.exec(
+    used = await session.exec(
         update(Login)
-        .where(
-            alive,
-            col(Login.secret_hash) == digest(secret),
-            col(Login.user_id).in_(select(User.id).where(User.is_active)),
-        )
+        .where(alive, is_active, col(Login.secret_hash) == digest(secret))
         .values(secret_hash=digest(new_secret), expires_at=now + LOGIN_LIFETIME)
         .returning(col(Login.user_id))
     )
-    if user_id := updated.scalar():
+    if user_id := used.scalar():
+        return make_token(user_id, family, new_secret)
+    recent = col(Login.updated_at).between(now - REFRESH_LEEWAY, now + REFRESH_LEEWAY)
+    repeated = select(Login.user_id).where(
+        alive, is_active, Login.secret_hash == digest(new_secret), recent
+    )
+    if user_id := (await session.exec(repeated)).first():
+        log.warning("Refresh token repeated: a login of user %s goes on", user_id)
         return make_token(user_id, family, new_secret)
     deleted = await session.exec(delete(Login).where(alive).returning(Login))
     if ended := deleted.scalar():
@@ -707,7 +764,7 @@ async def refresh_login(session: AsyncSession, refresh_token: str) -> Token:
     raise OAuth2Error("invalid_grant", "Invalid refresh token, log in again")
 
 
-@auth.post("/token", responses=errors(429, model=OAuth2ErrorResponse))
+@auth.post("/token", responses=OAUTH2_ERRORS)
 async def create_token(
     grant: Annotated[PasswordGrant | RefreshGrant, Form(discriminator="grant_type")],
     session: SessionDep,
@@ -724,7 +781,7 @@ async def create_token(
     return await log_in(session, grant, get_client_ip(request))
 
 
-@auth.post("/revoke", response_class=Response)
+@auth.post("/revoke", response_class=Response, responses=OAUTH2_ERRORS)
 async def revoke_token(
     token: Annotated[str, Form(min_length=1)], session: SessionDep
 ) -> Response:
@@ -732,15 +789,18 @@ async def revoke_token(
 
     Expired and used tokens end their login, too. Unknown tokens get the same response.
     """
-    claims = decode_access_token(token, expired_ok=True)
+    claims = decode_access_token(token[:1000])
     family_hash = claims.sid if claims else digest(token.partition(".")[0])
     await session.exec(delete(Login).where(col(Login.family_hash) == family_hash))
     return Response(headers={"Cache-Control": "no-store"})
 
 
+OAUTH2_ENDPOINTS = create_token, revoke_token  # for the error handlers
+
+
 # --- Routes: users
 
-users = APIRouter(prefix="/users", tags=["users"], responses=errors(413, 503))
+users = APIRouter(prefix="/users", tags=["users"])
 UserId = Id | Literal["me"]
 USER = select(User).where(User.id == bindparam("id"), visible(User.id))
 ALL_USERS = paginate(select(User))
@@ -782,10 +842,9 @@ async def update_user(
     `current_password`. A new password ends all other logins of the user.
     """
     is_self = user_id in ("me", caller.id)
-    id_ = caller.id if is_self else user_id
     changes = body.model_dump(exclude_unset=True)
     current, new = changes.pop("current_password", ""), changes.pop("password", None)
-    old = caller if is_self else await fetch_one(USER, caller, id=id_)
+    old = caller if is_self else await fetch_one(USER, caller, id=user_id)
     if changes.get("email") == old.email:
         del changes["email"]  # writing it could undo a concurrent change
     # Nobody can change their own permissions: the fields that are not in UserCreate.
@@ -802,30 +861,32 @@ async def update_user(
         raise wrong_password
     if new:
         changes["hashed_password"] = await hash_password(new)
-    user = await load(session, USER, caller, id=id_)
+    user = await load(session, USER, caller, id=old.id)
     if needs_current_password and user.hashed_password != old.hashed_password:
         raise wrong_password  # it was changed by a concurrent request
     user.sqlmodel_update(changes)
     await session.flush()
     if new or not user.is_active:
-        logins = delete(Login).where(col(Login.user_id) == id_)
+        logins = delete(Login).where(col(Login.user_id) == user.id)
         await session.exec(logins.where(col(Login.family_hash) != caller.login))
+    await session.refresh(user)
     return user
 
 
 @users.delete("/{user_id}", status_code=204, responses=errors(401, 403, 404))
 async def delete_user(user_id: UserId, caller: CallerDep, session: SessionDep) -> None:
     """Delete a user and their items. Superusers can delete others, not themselves."""
-    id_ = caller.id if user_id == "me" else user_id
-    user = await load(session, USER, caller, id=id_)
-    if user.is_superuser and id_ == caller.id:
+    user = await load(
+        session, USER, caller, id=caller.id if user_id == "me" else user_id
+    )
+    if user.is_superuser and user.id == caller.id:
         raise HTTPException(403, "Superusers cannot delete themselves")
     await session.delete(user)
 
 
 # --- Routes: items
 
-items = APIRouter(prefix="/items", tags=["items"], responses=errors(401, 413, 503))
+items = APIRouter(prefix="/items", tags=["items"], responses=errors(401))
 ITEMS = select(Item)
 ITEM = ITEMS.where(Item.id == bindparam("id"), visible(Item.owner_id))
 ALL_ITEMS = paginate(ITEMS)
@@ -864,7 +925,8 @@ async def update_item(
     """Update an item. Superusers can update any item."""
     item = await load(session, ITEM, caller, id=item_id)
     item.sqlmodel_update(body.model_dump(exclude_unset=True))
-    await session.flush()  # sets `updated_at`
+    await session.flush()
+    await session.refresh(item)  # as it is stored, such as times in UTC
     return item
 
 
@@ -888,12 +950,20 @@ async def read_health() -> dict[str, str]:
 @app.get("/ready", tags=["health"], responses=errors(503))
 async def read_readiness() -> dict[str, str]:
     """Check that the database responds and has its tables."""
-    for table in SQLModel.metadata.sorted_tables:
-        await fetch(sa.select(table).limit(0))
+    try:
+        for table in SQLModel.metadata.sorted_tables:
+            await fetch(sa.select(table).limit(0))
+    except (exc.SQLAlchemyError, OSError) as error:
+        log.warning("Not ready. %s", describe_error(error))
+        raise HTTPException(503, "Not ready", RETRY) from error
     return {"status": "ready"}
 
 
 for router in (items, users, auth):
     app.include_router(
-        router, prefix=settings.api_v1_prefix, max_body_size=settings.max_body_size
+        router,
+        prefix=settings.api_v1_prefix,
+        max_body_size=settings.max_body_size,
+        responses=errors(503)  # and FastAPI's own error, which is no JSON:
+        | {413: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )

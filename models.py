@@ -8,13 +8,13 @@ a request body: SQLModel does not validate it, and clients could set any column.
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from unicodedata import normalize
 
 import pydantic
 from pydantic import MISSING, AfterValidator, EmailStr, StrictBool
 from pydantic_core import PydanticCustomError
-from sqlalchemy import BigInteger, Index, Integer
+from sqlalchemy import BigInteger, Column, Enum, Index, Integer, event
 from sqlmodel import Field, SQLModel
 
 # A migration can only drop constraints that have names.
@@ -26,13 +26,20 @@ SQLModel.metadata.naming_convention = {
     "pk": "pk_%(table_name)s",
 }
 
+
+@event.listens_for(Column, "before_parent_attach")
+def store_enum_as_text(column: Any, _: object) -> None:
+    """Store the values of an enumeration as text: SQLModel stores its names."""
+    if isinstance(column.type, Enum) and column.type.enum_class:
+        options: Any = {"native_enum": False, "length": 50}
+        options["values_callable"] = lambda enum: [str(member.value) for member in enum]
+        column.type = Enum(column.type.enum_class, **options)
+
+
 # 64 bits. SQLite generates ids only if the type is INTEGER, which has 64 bits, too.
 BigInt = BigInteger().with_variant(Integer, "sqlite")
 MAX_ID = 2**63 - 1
-
-
-def utc_now() -> datetime:
-    return datetime.now(UTC)
+utc_now = partial(datetime.now, UTC)
 
 
 class Timestamps(SQLModel):
@@ -47,6 +54,7 @@ class Timestamps(SQLModel):
 class TableBase(Timestamps):
     """The columns of every table: the primary key and the timestamps."""
 
+    __tablename__: ClassVar[Any]  # for type checkers
     id: int = Field(default=None, primary_key=True, sa_type=BigInt)
 
 
@@ -66,7 +74,6 @@ def foreign_key(
 
 # --- Types of fields
 
-
 # Keyboards send an "ü" as one character or as two; NFC makes it one.
 NFC = AfterValidator(partial(normalize, "NFC"))
 # Longer than any real one; the limit saves memory when many requests log in at once.
@@ -77,9 +84,14 @@ CurrentPassword = Annotated[Credential, NFC]
 
 def check_new_password(password: str) -> str:
     """Reject a password that is short, over bcrypt's 72 bytes, or contains NUL."""
-    if len(password) < 8 or len(password.encode()) > 72 or "\0" in password:
-        message = "Password should have 8 characters to 72 bytes, and no NUL"
-        raise PydanticCustomError("password", message)
+    if len(password) < 8:
+        raise PydanticCustomError(
+            "password", "Password should have at least 8 characters"
+        )
+    if len(password.encode()) > 72:
+        raise PydanticCustomError("password", "Password should have at most 72 bytes")
+    if "\0" in password:
+        raise PydanticCustomError("password", "Password should have no NUL character")
     return password
 
 
@@ -94,12 +106,8 @@ Password = Annotated[
 # Stored in lower case, so that the same email in another case is the same user.
 Email = Annotated[EmailStr, AfterValidator(str.lower), pydantic.Field(max_length=254)]
 FullName = Annotated[str | None, pydantic.Field(max_length=255, examples=["Ada King"])]
-Title = Annotated[
-    str, pydantic.Field(min_length=1, max_length=255, examples=["Engine"])
-]
-Description = Annotated[
-    str | None, pydantic.Field(max_length=10_000, examples=["Brass and steam"])
-]
+Title = Annotated[str, pydantic.Field(min_length=1, max_length=255, examples=["Card"])]
+Description = Annotated[str | None, pydantic.Field(max_length=10_000, examples=["Red"])]
 Id = Annotated[int, pydantic.Field(ge=1, le=MAX_ID)]
 
 
@@ -132,7 +140,6 @@ class UserPermissions(SQLModel):
 
 class User(TableBase, UserPermissions, UserBase, table=True):
     __tablename__ = "users"
-
     hashed_password: str = Field(max_length=60, exclude=True, repr=False)
 
 
@@ -171,7 +178,6 @@ class ItemBase(SQLModel):
 class Item(TableBase, ItemBase, table=True):
     __tablename__ = "items"
     __table_args__ = (Index(None, "owner_id", "id"),)  # for pages of an owner's items
-
     owner_id: int = foreign_key("users.id", index=False)
 
 
@@ -207,7 +213,6 @@ class Login(TableBase, table=True):
     """
 
     __tablename__ = "logins"
-
     user_id: int = foreign_key("users.id")
     family_hash: str = Field(max_length=64, unique=True, repr=False)
     secret_hash: str = Field(max_length=64, repr=False)
@@ -219,7 +224,6 @@ class LoginAttempt(TableBase, table=True):
 
     __tablename__ = "login_attempts"
     __table_args__ = (Index(None, "key", "created_at"),)
-
     key: str = Field(max_length=64)  # hash of what attempts are counted by
 
 
@@ -252,6 +256,7 @@ class TokenClaims(pydantic.BaseModel):
     """The claims of an access token: the user and the login."""
 
     sub: Id
+    exp: int
     sid: Annotated[str, AfterValidator(digest)]  # Login.family_hash
 
 
