@@ -255,7 +255,7 @@ def get_error_code(error: Exception) -> str:
         return code or "08"
     # Drivers also raise errors of Python. Did one raise this, and not our code?
     frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-    packages = [f.f_globals.get("__name__", "").partition(".")[0] for f in frames]
+    packages = [str(f.f_globals.get("__name__")).partition(".")[0] for f in frames]
     ignored = {*sys.stdlib_module_names, "uvloop"}  # what drivers call
     raised_by = next((p for p in reversed(packages) if p not in ignored), "")
     names = [c.__name__ for c in type(cause).__mro__ if raised_by in DATABASE_PACKAGES]
