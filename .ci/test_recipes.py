@@ -94,7 +94,7 @@ async def test_a_reference_is_cleared_with_its_row(alice: Client) -> None:
     where = f"WHERE id = {id_} AND item_id"
     await alice.sql(f"UPDATE notes SET item_id = {item['id']} WHERE id = {id_}")
     assert await alice.sql(f"SELECT 1 FROM notes {where} = {item['id']}")
-    await alice.expect(204, f"DELETE /items/{item['id']}")
+    await alice.sql(f"DELETE FROM items WHERE id = {item['id']}")  # not to the trash
     assert await alice.sql(f"SELECT 1 FROM notes {where} IS NULL")
 
 
@@ -283,7 +283,7 @@ async def test_an_import_is_all_or_nothing(alice: Client) -> None:
         assert response.status_code == status
     count = len((await alice.get("/notes/export")).text.splitlines())
     assert count == (2 if alice.on_sqlite else 0)
-    large = [{"text": "x" * 1000}] * 1000
+    large = [{"text": "x" * 250}] * 2000  # more than other bodies may have
     assert (await alice.post("/notes/import", json=large)).status_code == 204
     response = await alice.post("/notes/import", content=b" " * (2**24 + 1))
     assert response.status_code == 413
