@@ -4,9 +4,8 @@ FastAPI and SQLModel, on SQLite or PostgreSQL. Start it, then open /docs:
 
     uv run fastapi dev app.py
 
-Read it from top to bottom: settings, database, queries, passwords and tokens, the
-caller, the application, the routes. The tables and schemas are in models.py, the
-database migrations in migrations/.
+Read it from top to bottom. The tables and schemas are in models.py, the database
+migrations in migrations/.
 """
 
 import hmac
@@ -37,6 +36,7 @@ from alembic.script import ScriptDirectory
 from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Query, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -98,8 +98,6 @@ IS_DEVELOPMENT = os.getenv("FASTAPI_ENV") == "development"  # set by `fastapi de
 
 
 class Settings(BaseSettings):
-    """The settings of one installation. The README explains each."""
-
     model_config = SettingsConfigDict(
         env_file=HERE / ".env",
         extra="ignore",
@@ -112,7 +110,9 @@ class Settings(BaseSettings):
     api_v1_prefix: str = Field(default="/api/v1", pattern=r"^(/[a-zA-Z0-9_.-]+)*$")
     secret_key: str = Field(default=DEVELOPMENT_KEY, max_length=1000, repr=False)
     database_url: str = Field(
-        default="sqlite:///app.db", repr=False, pattern=r"^(sqlite|postgres)\S*://"
+        default="sqlite:///app.db",
+        repr=False,
+        pattern=r"^(sqlite.*://(/|$)|postgres.*://)",
     )
     database_pool_size: int = Field(default=10, ge=1)  # connections per worker
     database_timeout: float = Field(default=5, gt=0)  # seconds
@@ -152,7 +152,6 @@ if settings.secret_key == DEVELOPMENT_KEY:
 # At lower levels, these loggers show the values of rows, such as password hashes.
 logging.getLogger("aiosqlite").setLevel(logging.INFO)
 logging.getLogger("sqlalchemy.engine.Engine").setLevel(logging.WARNING)
-
 engine_options: dict[str, Any] = {
     "echo": settings.debug,
     "hide_parameters": True,  # in logs and error messages
@@ -202,8 +201,8 @@ else:
     # Hosting services add these to URLs; asyncpg would send them on to the server.
     unknown = "channel_binding", "connect_timeout", "gssencmode", "pgbouncer"
     parameters = {k: v for k, v in parse_qsl(query) if k not in unknown}
-    # For the log: host, port and database, without the user and the password
-    location = parameters.get("host", "") + address.rpartition("@")[2]
+    # Host, port and database for the log. A "?" in a password hides where they begin.
+    location = address.rpartition("@")[2] if "@" not in query else "?"
     engine_options["connect_args"] = connect_args = {
         "dsn": f"postgresql://{address}?{urlencode(parameters)}",
         "timeout": settings.database_timeout,
@@ -244,21 +243,24 @@ OUTAGES = re.compile(
     "SQLITE_(BUSY|CANTOPEN|FULL|IOERR|LOCKED|READONLY|SCHEMA)"
 )
 INVALID = re.compile("22|23514|23P01|SQLITE_CONSTRAINT_CHECK|OverflowError|ValueError")
-DATABASE_PACKAGES = "aiosqlite", "asyncpg", "sqlalchemy", "sqlmodel"
 
 
 def get_error_code(error: Exception) -> str:
     """Return the code of a database error, or "" for any other error."""
-    cause = getattr(error, "orig", None) or error
+    cause: Any = (isinstance(error, exc.StatementError) and error.orig) or error
     code = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
     if code or getattr(error, "connection_invalidated", False):
         return code or "08"
     # Drivers also raise errors of Python. Did one raise this, and not our code?
-    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-    packages = [str(f.f_globals.get("__name__")).partition(".")[0] for f in frames]
+    packages = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(cause.__traceback__)
+    ]
     ignored = {*sys.stdlib_module_names, "uvloop"}  # what drivers call
     raised_by = next((p for p in reversed(packages) if p not in ignored), "")
-    names = [c.__name__ for c in type(cause).__mro__ if raised_by in DATABASE_PACKAGES]
+    is_wrapped = isinstance(error, exc.SQLAlchemyError)
+    drivers = ("sqlalchemy", "sqlmodel") if is_wrapped else ("aiosqlite", "asyncpg")
+    names = [c.__name__ for c in type(cause).__mro__ if raised_by in drivers]
     return next((n for n in names if OUTAGES.match(n) or INVALID.match(n)), "")
 
 
@@ -352,11 +354,13 @@ async def load[T: SQLModel](
     # A statement that waited for a lock sees other rows as they were before. Ask again:
     # a row in a subquery, the caller's login or a permission may be gone.
     if caller:
-        names = [name for name in UserPermissions.model_fields if getattr(caller, name)]
+        names = ("id", *UserPermissions.model_fields)
         same = (getattr(User, name) == getattr(caller, name) for name in names)
-        alive = select(User.id).where(User.id == caller.id, *same).correlate(None)
+        alive = select(User.id).where(*same).correlate(None)
         if login := getattr(caller, "login", None):  # none without an access token
-            alive = alive.join(Login).where(Login.family_hash == login)
+            alive = alive.join(Login).where(
+                Login.family_hash == login, col(Login.expires_at) > func.now()
+            )
         statement = statement.where(alive.exists())
     if found is None or (await session.exec(statement, **options)).first() is None:
         raise HTTPException(404, "Not found")
@@ -375,8 +379,6 @@ def paginate(statement: Any) -> dict[str, Any]:
 
 
 class Page:
-    """The page of a list that the request asks for."""
-
     def __init__(self, query: PageParams, request: Request, response: Response) -> None:
         self.query, self.url, self.headers = query, request.url, response.headers
 
@@ -469,7 +471,6 @@ FAILED_ATTEMPTS = select(func.count(), func.min(LoginAttempt.created_at)).where(
 
 
 async def check_attempt_limit(key: str) -> None:
-    """Raise 429 if too many attempts have failed within the window."""
     since = utc_now() - ATTEMPT_WINDOW
     [(failures, first)] = await fetch(FAILED_ATTEMPTS, key=key, since=since)
     if 0 < settings.max_failed_logins <= failures:
@@ -523,7 +524,6 @@ def decode_access_token(token: str) -> TokenClaims | None:
 TOKEN_URL = f"{settings.api_v1_prefix}/auth/token".removeprefix("/")  # relative
 oauth2_scheme = OAuth2PasswordBearer(TOKEN_URL, refreshUrl=TOKEN_URL, auto_error=False)
 BearerDep = Annotated[str | None, Depends(oauth2_scheme)]
-
 CALLER: Any = select(User, col(Login.family_hash).label("login")).where(
     User.id == bindparam("sub"),
     User.id == Login.user_id,
@@ -560,7 +560,7 @@ def upgrade_schema(connection: sa.Connection) -> None:
     try:
         if not (current and IS_DEVELOPMENT):
             command.upgrade(config, "head")
-        elif set(script.get_revisions(current)) != set(script.get_revisions("heads")):
+        elif set(script.get_revisions(current)) != {script.get_revision("head")}:
             log.warning("Migrations are pending. Run: uv run alembic upgrade head")
     except CommandError as error:
         if not isinstance(error.__cause__, ResolutionError):
@@ -618,11 +618,11 @@ app = FastAPI(
 @app.exception_handler(StarletteHTTPException)
 async def handle_http(request: Request, error: StarletteHTTPException) -> Response:
     """Respond with the detail; the OAuth2 endpoints add the fields of OAuth2."""
-    content, headers = {"detail": error.detail}, dict(error.headers or {})
-    if request.scope.get("endpoint") in OAUTH2_ENDPOINTS:
-        code = getattr(error, "code", "invalid_request")
-        content |= {"error": code, "error_description": error.detail}
-        headers |= {"Cache-Control": "no-store"}
+    if request.scope.get("endpoint") not in OAUTH2_ENDPOINTS:
+        return await http_exception_handler(request, error)
+    content = {"error": getattr(error, "code", "invalid_request")}
+    content |= {"error_description": error.detail, "detail": error.detail}
+    headers = {"Cache-Control": "no-store"} | dict(error.headers or {})
     return JSONResponse(content, error.status_code, headers)
 
 
@@ -638,8 +638,8 @@ async def handle_invalid(request: Request, error: RequestValidationError) -> Res
         # An empty parameter counts as missing (RFC 6749, section 3.2).
         is_unknown = first["type"] == "union_tag_invalid" and first["ctx"]["tag"]
         code = "unsupported_grant_type" if is_unknown else "invalid_request"
-        detail = f"In the form, {name} is missing or invalid"
-        return await handle_http(request, OAuth2Error(code, detail))
+        problem = OAuth2Error(code, f"In the form, {name} is missing or invalid")
+        return await handle_http(request, problem)
     details = [{key: e[key] for key in ("type", "loc", "msg")} for e in problems]
     return JSONResponse({"detail": details}, 422)
 
@@ -670,6 +670,8 @@ async def handle_error(request: Request, error: Exception) -> Response:
         if isinstance(error, ResponseValidationError):
             for problem in error.errors():
                 problem.pop("input", None)  # may be a row with a password's hash
+        if isinstance(error, exc.DBAPIError) and error.orig:
+            error.orig.__cause__ = None  # asyncpg's own error shows the row, too
         log.error("Unexpected error", exc_info=error)
         response = OAuth2Error("server_error", "Internal server error", 500)
     return await handle_http(request, response)
@@ -733,8 +735,7 @@ async def log_in(session: AsyncSession, grant: PasswordGrant, client_ip: str) ->
 async def refresh_login(session: AsyncSession, refresh_token: str) -> Token:
     """Return new tokens; else end the login, if any, and raise `invalid_grant`.
 
-    The new secret is derived from the old token, so that a request that is repeated at
-    once, such as by a second tab or after a lost response, gets the same refresh token.
+    A request that is repeated at once gets the same new token: it is derived by HMAC.
     """
     family, _, secret = refresh_token.partition(".")
     key, message = settings.secret_key.encode(), f"refresh {refresh_token}".encode()

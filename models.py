@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, Column, Enum, Index, Integer, event
 from sqlmodel import Field, SQLModel
 
+SQLModel.model_config["hide_input_in_errors"] = True  # a log must not show values
 # A migration can only drop constraints that have names.
 SQLModel.metadata.naming_convention = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -273,8 +274,6 @@ class PageParams(SQLModel):
 
 
 class ErrorResponse(SQLModel):
-    """An error response."""
-
     detail: str
 
 

