@@ -276,13 +276,12 @@ def describe_error(error: Exception) -> str:
 # Keep statements as constants beside their routes, with `bindparam` for parameters:
 # building one for every request would take about half as long as running it.
 
-if not TYPE_CHECKING:
-    Caller = sa.Row
-else:  # for editors: the columns of the row, see `get_caller`
+if TYPE_CHECKING:
 
-    class Caller(User):
+    class Caller(User):  # for editors: the columns of the row, see `get_caller`
         login: str
-
+else:
+    Caller = sa.Row
 
 # The caller in a statement. An INSERT or UPDATE would set columns with these names.
 CALLER_ID: sa.BindParameter[int] = bindparam("caller.id", type_=sa.BigInteger)

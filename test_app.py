@@ -57,7 +57,6 @@ NEW_USER: dict[str, Any] = {"password": "correct horse battery"}
 VALUES: dict[str, Any] = {}
 
 HERE = Path(__file__).parent
-USERS = SQLModel.metadata.tables["users"]
 PASSWORD = NEW_USER["password"]
 ROOT = "root@example.com"  # the first superuser
 EXAMPLES = re.findall("^#([A-Z_0-9]+)=(.*)$", (HERE / ".env.example").read_text(), re.M)
@@ -98,7 +97,6 @@ def new_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewUrl]:
 
 @pytest.fixture(params=DATABASES)
 def url(request: Any, new_url: NewUrl) -> str:
-    """The URL of an empty database."""
     return new_url(request.param)
 
 
@@ -108,9 +106,8 @@ def load_app(url: str = "sqlite://", folder: Path = HERE, /, **settings: str) ->
         for name, value in (SETTINGS | {"DATABASE_URL": url} | settings).items():
             monkeypatch.setenv(name, value)
         monkeypatch.syspath_prepend(folder)
-        for path in HERE.glob("*.py"):  # a file of routes uses the app that it imported
-            if path.stem not in ("models", Path(__file__).stem):
-                sys.modules.pop(path.stem, None)
+        for name in {path.stem for path in HERE.glob("*.py")} - {"models", "test_app"}:
+            sys.modules.pop(name, None)  # a file of routes uses the app it imported
         return importlib.import_module("app")
 
 
@@ -122,7 +119,6 @@ async def running(app: Any) -> AsyncIterator["Client"]:
 
 
 async def start(app: Any) -> None:
-    """Start an app and stop it."""
     async with running(app):
         pass
 
@@ -130,11 +126,10 @@ async def start(app: Any) -> None:
 class Client(httpx.AsyncClient):
     """A client of the API, logged in as a user or not."""
 
-    id: int
-    email: str
-    url: str
+    id, email, url = 0, "", ""  # of the user
     user: dict[str, Any]
     tokens: dict[str, str]
+    kill: Callable[[], None]  # of the server's process
 
     def __init__(self, transport: Any, host: str = "http://test", app: Any = None):
         url = f"{host}/api/v1"
@@ -312,8 +307,7 @@ async def test_an_email_is_unique_in_any_case(alice: Client) -> None:
     email, taken = new_email(), {"detail": "Email already registered"}
     bodies = [NEW_USER | {"email": e} for e in (email, email.upper(), f" {email} ")]
     responses = await at_once(alice.post("/users", json=body) for body in bodies * 4)
-    assert statuses(responses) == [201] + 11 * [400]
-    assert all(r.json() == taken for r in responses if r.status_code == 400)
+    assert [response.json() for response in responses].count(taken) == 11
     change = {"email": email.upper(), "current_password": PASSWORD}
     assert await alice.expect(400, "PATCH /users/me", **change) == taken
     await alice.log_in(f" {alice.email.upper()} ")
@@ -348,7 +342,6 @@ async def test_only_superusers_change_permissions(alice: Client, name: str) -> N
     for value in (True, False):
         user = await root.expect(200, f"PATCH {alice.url}", **{name: value})
         assert user[name] == value
-        assert await root.expect(200, f"GET {alice.url}") == user
 
 
 async def test_only_superusers_cannot_delete_themselves(alice: Client) -> None:
@@ -358,15 +351,25 @@ async def test_only_superusers_cannot_delete_themselves(alice: Client) -> None:
     assert not await alice.is_logged_in()
 
 
+async def test_a_422_names_the_fields_without_their_values(api: Client) -> None:
+    for value in (f"canary\0{'x' * 300}", "x@canary≠.com", ["canary"], {"x": "canary"}):
+        body = {"email": value, "password": value, "unknown": value, "full_name": 1}
+        problem = await api.expect(422, "POST /users", **body)
+        names = {error["loc"][-1] for error in problem["detail"]}
+        assert names - {"password"} == body.keys() - {"password"}
+        assert "canary" not in str(problem)
+    problem = await api.expect(422, "POST /users", **{f"x{n}": n for n in range(99)})
+    assert len(problem["detail"]) == 10  # at most
+
+
 # --- Items
 
 
 async def test_an_item_is_created_and_deleted(alice: Client) -> None:
     before = datetime.now(UTC)
-    item = await alice.new_item(description="words")
+    item = await alice.new_item()
     assert item.keys() == ItemPublic.model_fields.keys()
-    expected = NEW_ITEM | {"description": "words", "owner_id": alice.id}
-    assert item.items() >= expected.items()
+    assert item.items() >= (NEW_ITEM | {"owner_id": alice.id}).items()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", item["created_at"])
     assert before <= datetime.fromisoformat(item["created_at"]) <= datetime.now(UTC)
     assert await alice.expect(200, f"GET /items/{item['id']}") == item
@@ -498,13 +501,12 @@ async def test_another_used_refresh_token_ends_its_login(
 
 
 async def test_a_login_expires(alice: Client, caplog: Log) -> None:
-    logins = f"logins WHERE user_id = {alice.id}"
-    other = await alice.log_in(alice.email)
+    old, logins = await alice.log_in(alice.email), f"logins WHERE user_id = {alice.id}"
     [(expires_at,), _] = await alice.sql(f"SELECT expires_at FROM {logins}")
     lifetime = datetime.fromisoformat(str(expires_at)).replace(tzinfo=UTC)
     assert timedelta(days=29) < lifetime - datetime.now(UTC) <= timedelta(days=30)
     await alice.sql("UPDATE logins SET expires_at = '2020-01-01 00:00:00+00'")
-    assert not await other.is_logged_in()
+    assert not await old.is_logged_in()
     assert "reused" not in caplog.text
     await alice.log_in(alice.email)  # deletes the expired ones
     assert len(await alice.sql(f"SELECT 1 FROM {logins}")) == 1
@@ -525,18 +527,16 @@ async def test_any_token_of_a_login_revokes_it(alice: Client, kind: str) -> None
 
 
 async def test_a_new_password_ends_the_other_logins(alice: Client) -> None:
-    root, other = await alice.log_in(), await alice.log_in(alice.email)
+    other = await alice.log_in(alice.email)
     await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
-    assert not await other.is_logged_in()  # nor does a repeated refresh revive it
-    assert await alice.is_logged_in()  # the login that made the call
-    await root.expect(200, f"PATCH {alice.url}", password=PASSWORD)
-    assert not await alice.is_logged_in()
+    assert (await other.is_logged_in(), await alice.is_logged_in()) == (False, True)
 
 
-async def test_deactivation_ends_every_login(alice: Client) -> None:
+@cases("change", [{"password": "another one"}, {"is_active": False}])
+async def test_a_superuser_ends_every_login(alice: Client, change: Any) -> None:
     root = await alice.log_in()
-    for value in (False, True):
-        await root.expect(200, f"PATCH {alice.url}", is_active=value)
+    await root.expect(200, f"PATCH {alice.url}", **change)
+    await root.expect(200, f"PATCH {alice.url}", is_active=True)  # brings none back
     assert not await alice.is_logged_in()
 
 
@@ -572,8 +572,6 @@ def forge(client: Client, key: str = "", alg: str = "HS256", **changes: Any) -> 
     return jwt.encode(claims, secret if alg != "none" else None, alg)
 
 
-# --- Guessing
-
 IPV6 = "2001:db8:0:1::1 2001:DB8:0:1:ffff::2 2001:db8::1:0:0:0:3 2001:db8::1"
 IPV4 = "10.9.8.7 ::ffff:10.9.8.7 ::ffff:a09:807 ::ffff:10.9.8.8"
 
@@ -584,10 +582,9 @@ async def test_ten_failures_are_the_limit(alice: Client, monkeypatch: Patch) -> 
     for name in (alice.email, new_email()):  # whether it exists or not
         guesses = [await alice.get_token(n, "x") for n in (name, name.upper()) * 5]
         assert statuses(guesses) == [400] * 10
-        response = await alice.get_token(f"{name} ")
-        assert response.status_code == 429
-        assert response.json()["error"] == "invalid_grant"
-        assert 0 < int(response.headers["Retry-After"]) <= 900
+        reply = await alice.get_token(f"{name} ")
+        assert (reply.status_code, reply.json()["error"]) == (429, "invalid_grant")
+        assert 0 < int(reply.headers["Retry-After"]) <= 900
     assert hashed == [b"x"] * 20  # none after the limit
     monkeypatch.setattr(alice.app.settings, "max_failed_logins", 0)  # no limit
     await alice.log_in(alice.email)
@@ -624,64 +621,41 @@ async def test_a_stolen_login_does_not_lock_out_the_owner(alice: Client) -> None
 
 
 async def test_a_burst_gets_no_more_guesses(api: Client, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(api.app, "bcrypt_limiter", anyio.CapacityLimiter(2))  # cores
+    assert api.app.bcrypt_limiter.total_tokens == os.cpu_count()
+    monkeypatch.setattr(api.app, "bcrypt_limiter", anyio.CapacityLimiter(2))
     # Hashing takes longer than storing a failure, as it does in production.
     monkeypatch.setattr(api.app.settings, "bcrypt_rounds", 8)
     alice = await api.new_user()
-
-    async def burst(password: str, count: int) -> list[int]:
-        guesses = (alice.get_token(alice.email, password) for _ in range(count))
-        return statuses(await at_once(guesses))
-
-    assert await burst(PASSWORD, 24) == [200] * 24
+    right = await at_once(alice.get_token(alice.email) for _ in range(24))
+    assert statuses(right) == [200] * 24
+    wrong = await at_once(alice.get_token(alice.email, "x") for _ in range(60))
     # A few more may be tried while the limit is being reached.
-    assert 10 <= (await burst("x", 60)).count(400) < 30
-    assert await burst(PASSWORD, 1) == [429]
+    assert 10 <= statuses(wrong).count(400) < 30
+    assert (await alice.get_token(alice.email)).status_code == 429
 
 
 async def test_hashing_holds_no_connection(alice: Client, monkeypatch: Patch) -> None:
-    app, seen = alice.app, list[tuple[int, int]]()
-
-    def note(*_: bytes) -> None:
-        seen.append((app.bcrypt_limiter.borrowed_tokens, app.engine.pool.checkedout()))
-
-    before_hashing(monkeypatch, note)
+    held, pool = list[int](), alice.app.engine.pool
+    before_hashing(monkeypatch, lambda *_: held.append(pool.checkedout()))
     await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
     await alice.log_in(alice.email, NEW_PASSWORD["password"])
-    assert seen == [(1, 0)] * 3
-    assert app.bcrypt_limiter.total_tokens == os.cpu_count()
+    assert held == [0, 0, 0]
 
 
-# --- Bad input
+# --- The database: errors, `fetch` and `load`
 
 REJECTED: dict[str, Any] = {"title": "\ud800", "id": 2**70, "owner_id": 9_999_999}
 REJECTED["created_at"] = datetime(2030, 1, 1)  # without a time zone
 
 
-async def test_a_422_names_the_fields_without_their_values(api: Client) -> None:
-    for value in (f"canary\0{'x' * 300}", "x@canary≠.com", ["canary"], {"x": "canary"}):
-        body = {"email": value, "password": value, "unknown": value, "full_name": 1}
-        problem = await api.expect(422, "POST /users", **body)
-        names = {error["loc"][-1] for error in problem["detail"]}
-        assert names - {"password"} == body.keys() - {"password"}
-        assert "canary" not in str(problem)
-    problem = await api.expect(422, "POST /users", **{f"x{n}": n for n in range(99)})
-    assert len(problem["detail"]) == 10  # at most
-
-
-@cases("column", REJECTED)
-async def test_a_value_that_the_database_rejects_is_a_400(
-    alice: Client, monkeypatch: Patch, column: str
-) -> None:
-    values = NEW_ITEM | {"owner_id": alice.id, column: REJECTED[column]}
+@cases("name", REJECTED)
+async def test_bad_data_is_a_400(alice: Client, monkeypatch: Patch, name: str) -> None:
+    values = NEW_ITEM | {"owner_id": alice.id, name: REJECTED[name]}
     create = alice.app.fetch(insert(Item), **values)
     monkeypatch.setattr(alice.app, "fetch_one", lambda *_, **__: create)
     problem = await alice.expect(400, "GET /items/1")
     reasons = "A referenced row is missing", "A value is invalid"
-    assert problem["detail"].startswith(reasons[column != "owner_id"])
-
-
-# --- The database
+    assert problem["detail"].startswith(reasons[name != "owner_id"])
 
 
 async def test_a_commit_that_fails_is_no_success(url: str) -> None:
@@ -717,17 +691,6 @@ async def test_a_request_does_not_wait_for_long(url: str) -> None:
         await until(hurried.is_ready)
 
 
-async def test_connections_that_were_closed_cost_no_error(new_url: NewUrl) -> None:
-    app, connections = load_app(new_url("postgresql")), list[Any]()
-    pool = app.autocommit_engine.sync_engine.pool
-    sa.event.listen(pool, "connect", lambda new, _: connections.append(new))
-    async with running(app) as client:
-        assert connections
-        for connection in connections:
-            connection.driver_connection.terminate()
-        await client.expect(200, f"GET {client.host}/ready")
-
-
 def driver_error(sqlstate: str, **options: Any) -> Exception:
     error = type("", (Exception,), {"sqlstate": sqlstate})("no luck\nDETAIL: of a row")
     return exc.DBAPIError("", {}, error, **options)
@@ -758,10 +721,7 @@ async def test_an_outage_is_a_503(
 
 MISTAKES: dict[str, Callable[[Any], Any]] = {
     "a missing file": lambda _: Path("missing").read_text(),
-    "a number out of range": lambda _: 10.0**1000,
-    "our code in a session": lambda app: app.AsyncSession().run_sync(
-        lambda _: int("x")
-    ),
+    "our code in a session": lambda a: a.AsyncSession().run_sync(lambda _: int("x")),
     "a wrong column": lambda app: app.fetch(sa.text("SELECT nope FROM users")),
     "a missing caller": lambda app: app.fetch(app.ITEM, id=1),
     "a missing value": lambda app: app.fetch(insert(User), hashed_password="s3cr3t"),
@@ -787,15 +747,9 @@ async def test_a_mistake_is_a_500(
     assert "s3cr3t" not in caplog.text
 
 
-# --- The core: `fetch` and `load`
-
-OLD = "'2020-01-01 00:00:00+00'"
+EXPIRE = "UPDATE logins SET expires_at = '2020-01-01 00:00:00+00' WHERE user_id"
 ENDS = [
-    (
-        "PATCH /users/me",
-        "full_name",
-        f"UPDATE logins SET expires_at = {OLD} WHERE user_id",
-    ),
+    ("PATCH /users/me", "full_name", EXPIRE),
     ("DELETE /users/me", "", "UPDATE users SET is_active = false WHERE id"),
     ("PATCH /items/{}", "title", "UPDATE users SET is_superuser = false WHERE id"),
 ]
@@ -810,19 +764,16 @@ async def test_the_caller_never_sets_a_column(alice: Client) -> None:
     await app.fetch(change, root, full_name="new")
     [user] = await app.fetch(select(User).where(User.email == email))
     assert (user.full_name, user.is_superuser) == ("new", False)
-    assert await app.fetch(app.USER, None, id=user.id) == []  # nobody is logged in
 
 
-@cases(("call", "field", "end"), ENDS)
-async def test_a_right_that_ends_during_a_wait_is_gone(
-    alice: Client, call: str, field: str, end: str
-) -> None:
+@cases(("call", "key", "end"), ENDS)
+async def test_a_wait_asks_again(alice: Client, call: str, key: str, end: str) -> None:
     item, admin = (await alice.new_item())["id"], await alice.new_user()
     await admin.set_user(f"is_superuser = {'items' in call}")
     steps = f"UPDATE users SET full_name = 'x' WHERE id = {admin.id}; "
     steps += f"UPDATE items SET title = 'x' WHERE id = {item}; {end} = {admin.id}"
     method, url = call.format(item).split()
-    request = admin.request(method, url, json={field: "y"})
+    request = admin.request(method, url, json={key: "y"})
     response = await call_during(alice, steps, request)
     # In memory, SQLite has one connection: the request itself waits for it.
     assert response.status_code in ([401, 404] if alice.on_sqlite else [404])
@@ -835,8 +786,8 @@ async def test_load_asks_the_whole_condition_again(alice: Client) -> None:
     members = select(User.id).where(User.full_name == "member")
     shared = select(Item).where(Item.id == id_, col(Item.owner_id).in_(members))
     await alice.set_user("full_name = 'member'")
-    me = select(User).where(User.id == alice.id)
-    [caller] = await app.fetch(me)  # without a login, such as by an API key
+    # A caller without a login, such as by an API key
+    [caller] = await app.fetch(select(User).where(User.id == alice.id))
 
     async def load(*caller: Any) -> Any:
         async with app.AsyncSession(app.engine) as session:
@@ -855,9 +806,8 @@ async def test_load_asks_the_whole_condition_again(alice: Client) -> None:
 
 PUBLIC = {"create_user", "create_token", "revoke_token"}
 PUBLIC |= {"read_health", "read_readiness"}
-# What shows or changes rows of other users on purpose, and what undoes it: a function,
-# such as "list_news", or one parameter, such as "like_item.item_id". Ids are guessed:
-# what takes any id must not tell more about it, such as the email of a user.
+# What shows or changes rows of others on purpose: functions, such as "list_news", or a
+# parameter, as in "like_item.item_id". What takes any id must not tell more about it.
 SHARED: set[str] = set()
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=x; charset=unicode_escape"
@@ -867,11 +817,9 @@ HOSTILE += [-1, 0, 2**31, 2**63 - 1, 2**63, 2**64, [], {}, [None], {"a": {"b": [
 PART = b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\n'
 BROKEN = [b"[" * 100_000, b"\xff", b"{", b"NaN", b"", b'{"title": 1e999}', b"--x"]
 BROKEN += [b'{"title":' + b"9" * 5_000 + b"}", b'{"\\ud800": 1}', b"grant_type=%ED%A0"]
-BROKEN += [b'{"title": "t", "title": "u\\u0000"}', b"\0=\0&&==&%"]
-BROKEN += [PART + b"\\ud800\r\n--x--\r\n"]
-FORMATS = {"date": "2030-01-02", "date-time": "2030-01-02T03:04:05Z", "time": "03:04Z"}
-FORMATS |= {"duration": "P1D", "uuid": "f" * 32, "password": PASSWORD}
-FORMATS |= {"uri": "https://example.com/x"}
+BROKEN += [b'{"title": "u\\u0000"}', b"\0=\0&&==&%", PART + b"\\ud800\r\n--x--\r\n"]
+FORMATS = {"date": "2030-01-02", "date-time": "2030-01-02T03:04:05Z", "duration": "P1D"}
+FORMATS |= {"uuid": "f" * 32, "uri": "http://x", "time": "03:04Z", "password": PASSWORD}
 
 
 def encode(value: Any) -> bytes:
@@ -901,10 +849,10 @@ class Walk:
             for method, route in methods.items():
                 content = route.get("requestBody", {}).get("content", {"": {}})
                 kind, body = next(iter(content.items()))
-                route |= {"method": method.upper(), "path": path, "kind": kind}
-                route["call"] = f"{method.upper()} {path}"
-                parameters = route.setdefault("parameters", [])
-                inputs = {p["name"]: p["schema"] for p in parameters}
+                more = {"method": method.upper(), "path": path, "kind": kind}
+                more |= {"call": f"{method.upper()} {path}"}
+                route = {"parameters": []} | route | more
+                inputs = {p["name"]: p["schema"] for p in route["parameters"]}
                 for schema in self.variants(body.get("schema", {})):
                     more = {"inputs": inputs | schema.get("properties", {})}
                     self.routes.append(route | more | {"body": schema})
@@ -942,9 +890,7 @@ class Walk:
         length = max(schema.get("minLength", 1), min(schema.get("maxLength", 8), 8))
         return FORMATS.get(schema.get("format"), secrets.token_hex(length)[:length])
 
-    def build(
-        self, route: Any, changes: Any = None, content: Any = None, kind: str = ""
-    ) -> httpx.Request:
+    def build(self, route: Any, changes: Any = None, content: Any = None) -> Any:
         """Return a valid request, with some inputs changed or with another body."""
         path, query, changes = route["path"], dict[str, bytes](), changes or {}
         for p in route["parameters"]:
@@ -954,15 +900,14 @@ class Walk:
                 text = quote(value, safe="") or "%00"  # "" is another path
                 path = path.replace(f"{{{p['name']}}}", text)
                 query |= {p["name"]: value} if p["in"] == "query" else {}
-        kind = kind or route["kind"]
         if route["body"] and content is None:
             content = self.example(route["body"])
             for name in changes.keys() & route["body"].get("properties", {}).keys():
                 content[name] = changes[name]
-            if "form" in kind and isinstance(content, dict):
+            if "form" in route["kind"] and isinstance(content, dict):
                 content = urlencode({name: encode(v) for name, v in content.items()})
-            content = json.dumps(content) if "json" in kind else content
-        headers = {"Content-Type": kind} if content is not None else {}
+            content = json.dumps(content) if "json" in route["kind"] else content
+        headers = {"Content-Type": route["kind"]} if content is not None else {}
         url = f"{self.client.host}{path}?{urlencode(query)}"
         build = self.client.build_request
         return build(route["method"], url, content=content, headers=headers)
@@ -971,20 +916,17 @@ class Walk:
         """Create a row by each POST, and remember its id."""
         paths = " ".join(route["path"] for route in self.routes)
         names = dict(re.findall(r"/([\w-]+)/{(\w+)}", paths))  # {"items": "item_id"}
-        posts = [r for r in self.routes if r["method"] == "POST"]
-        lists = [r for r in self.routes if r["method"] == "GET"]
-        for route in posts * 2 + lists:  # one may need the id of another
-            name = names.get(route["path"].split("/")[-1])
-            if not name or (route["method"] == "GET" and name in self.ids):
-                continue
-            request = self.build(route)
-            response = await self.client.send(request)
-            if response.status_code == 403:  # only superusers create it
-                request.headers.update((await self.client.log_in()).headers)
+        posts = [route for route in self.routes if route["method"] == "POST"]
+        for route in posts * 2:  # one may need the id of another
+            if name := names.get(route["path"].split("/")[-1]):
+                request = self.build(route)
                 response = await self.client.send(request)
-            if response.status_code in (200, 201) and (row := response.json()):
-                row = row[-1] if isinstance(row, list) else row
-                self.ids[name] = row.get(name, row.get("id"))
+                if response.status_code == 403:  # only superusers create it
+                    request.headers.update((await self.client.log_in()).headers)
+                    response = await self.client.send(request)
+                if response.status_code in (200, 201) and (row := response.json()):
+                    row = row[-1] if isinstance(row, list) else row
+                    self.ids[name] = row.get(name, row.get("id"))
         missing = {*names.values()} - self.ids.keys() - VALUES.keys()
         assert not missing, f"no row for {missing}: add values to VALUES"
         return self
@@ -1000,7 +942,7 @@ class Walk:
                 yield self.build(route, content=encode(value))
             for content in BROKEN:
                 for kind in {JSON, FORM, MULTIPART, "x", route["kind"]}:
-                    yield self.build(route, content=content, kind=kind)
+                    yield self.build(route | {"kind": kind}, content=content)
 
 
 async def test_no_input_to_any_route_is_a_5xx(alice: Client) -> None:
@@ -1015,15 +957,10 @@ async def test_no_input_to_any_route_is_a_5xx(alice: Client) -> None:
             assert is_documented, f"{got}: document it with `responses=errors(…)`"
             if route["method"] == "DELETE" and response.is_success:
                 await walk.create_rows()
-
-
-async def test_every_body_has_a_limit(alice: Client) -> None:
-    walk = Walk(alice)
-    for route in [route for route in walk.routes if route["body"]]:
-        request = walk.build(route)
-        request.headers["Content-Length"] = str(2**50)
-        status = (await alice.send(request)).status_code
-        assert status == 413, f"{route['call']}: pass `max_body_size` with its router"
+        if route["body"]:
+            request.headers["Content-Length"] = str(2**50)
+            status = (await walk.client.send(request)).status_code
+            assert status == 413, f"{route['call']}: pass `max_body_size` to its router"
 
 
 async def test_every_route_needs_a_valid_token(alice: Client) -> None:
@@ -1139,7 +1076,7 @@ async def test_what_references_a_user_is_deleted_with_them(alice: Client) -> Non
     for [id_] in await alice.sql(f"SELECT id FROM users WHERE id {later}"):
         await root.expect(204, f"DELETE /users/{id_}")  # else add `ondelete` to a key
     for table in SQLModel.metadata.sorted_tables:
-        for key in [key for key in table.foreign_keys if key.column is USERS.c.id]:
+        for key in [k for k in table.foreign_keys if k.target_fullname == "users.id"]:
             rows = await alice.sql(f"SELECT 1 FROM {table} WHERE {key.parent} {later}")
             assert rows == [], f"{key.parent}: its rows outlive the user"
 
@@ -1161,9 +1098,7 @@ async def test_an_index_serves_each_list_at_any_depth(url: str) -> None:
             plan = await connection.exec_driver_sql(f"{explain} {query}")
             lines = "\n".join(str(line[-1]) for line in plan)
             # Other tables, such as those of a subquery, may be scanned.
-            slow = (
-                rf"(SCAN|Seq Scan on) {table}\b|FOR ORDER BY|Sort Key: ({table}\.)?id\b"
-            )
+            slow = rf"(SCAN|Seq Scan on) {table}\b|ORDER BY|Sort Key: ({table}\.)?id\b"
             # An equality belongs in the index.
             slow += rf"|on {table}\b.*(\n.*Cond: .*)?\n *Filter: \(\w+ = "
             advice = f'{table} needs Index(None, "owner_id", "id") for:\n{query}'
@@ -1177,7 +1112,6 @@ REFUSED = "postgresql://u:s3cr3t@127.0.0.1:1/d"  # nothing listens on this port
 BAD_SETTINGS = [
     ("SECRET_KEY", "s3cr3ts3cr3ts3cr3ts3cr3t", "SECRET_KEY: .*at least 32 random"),
     ("SECRET_KEY", DEVELOPMENT_KEY, "SECRET_KEY: .*at least 32 random bytes"),
-    ("API_V1_PREFIX", "s3cr3t/", "API_V1_PREFIX: String should match"),
     ("FIRST_SUPERUSER_PASSWORD", "s3cr3t", "Password should have at least 8"),
     ("DATABASE_URL", "mysql://u:s3cr3t@h/d", "DATABASE_URL: String should match"),
     ("DATABASE_URL", "postgresql://u:pa/s3cr3t@h/d", "Is its password percent-encoded"),
@@ -1217,17 +1151,15 @@ def test_an_unreadable_env_stops_the_start(project: "Project", caplog: Log) -> N
 
 
 def test_fastapi_dev_needs_no_key(caplog: Log) -> None:
-    app = load_app(SECRET_KEY=DEVELOPMENT_KEY, FASTAPI_ENV="development")
+    load_app(SECRET_KEY=DEVELOPMENT_KEY, FASTAPI_ENV="development")
     assert "SECRET_KEY is the built-in development key" in caplog.text
-    assert app.Settings.model_fields["secret_key"].default == DEVELOPMENT_KEY
 
 
-@cases("scheme", ["postgres", "postgresql+asyncpg"])
-async def test_urls_of_hosting_services_work(new_url: NewUrl, scheme: str) -> None:
+async def test_urls_of_hosting_services_work(new_url: NewUrl) -> None:
     name, folder = new_url("postgresql").split("/", 3)[3].split("?host=")
     query = "sslmode=disable&channel_binding=prefer&connect_timeout=9"
     query += f"&gssencmode=disable&pgbouncer=1&host={folder}"
-    url = f"{scheme}://postgres:a%40b@/{name}?{query}"
+    url = f"postgres://postgres:a%40b@/{name}?{query}"
     async with running(load_app(url, DATABASE_STATEMENT_CACHE_SIZE="0")) as client:
         assert await client.sql("SELECT current_database()") == [(name,)]
 
@@ -1257,24 +1189,21 @@ async def test_cors_allows_these_origins(origins: str, allowed: str | None) -> N
     assert "Link" in headers["Access-Control-Expose-Headers"]
 
 
-@cases("debug", ["true", "false"])
-async def test_no_secret_is_logged(url: str, debug: str, caplog: Log) -> None:
+async def test_no_secret_is_logged(url: str, caplog: Log) -> None:
     for logger in ("", "sqlalchemy"):
         caplog.set_level("DEBUG", logger)
-    async with running(load_app(url, DEBUG=debug)) as client:
+    async with running(load_app(url, DEBUG="true")) as client:
         alice, new = await client.new_user(), NEW_PASSWORD["password"]
         await alice.expect(200, "PATCH /users/me", **NEW_PASSWORD)
         await alice.expect(400, "POST /users", **NEW_USER, email=alice.email)
         await alice.expect(422, "POST /users", email=new, password=f"{new}\0", x=new)
         await alice.get_token("x@example.com", new)
-        used = alice.tokens
         alice.use(await alice.refresh())
         [[hashed]] = await alice.sql("SELECT hashed_password FROM users WHERE id = 2")
     secret = [PASSWORD, new, hashed, alice.email, SETTINGS["SECRET_KEY"]]
-    for name in ("access_token", "refresh_token"):
-        secret += [used[name], alice.tokens[name]]
+    secret += [alice.tokens["access_token"], alice.tokens["refresh_token"]]
     assert [text for text in secret if text in caplog.text] == []
-    assert ("UPDATE users" in caplog.text) == (debug == "true")
+    assert "UPDATE users" in caplog.text
 
 
 def test_readme_and_env_example_name_every_setting() -> None:
@@ -1290,8 +1219,7 @@ def test_readme_and_env_example_name_every_setting() -> None:
 @contextmanager
 def serve(url: str, *options: str, **settings: str) -> Iterator[Any]:
     """Run uvicorn in a new process; yield a client and the path of the log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     limits = httpx.Limits(max_keepalive_connections=0)  # any worker may respond
     client = Client(httpx.AsyncHTTPTransport(limits=limits), f"http://127.0.0.1:{port}")
@@ -1300,6 +1228,7 @@ def serve(url: str, *options: str, **settings: str) -> Iterator[Any]:
     env = os.environ | SETTINGS | {"DATABASE_URL": url} | settings
     with tempfile.NamedTemporaryFile() as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=HERE, env=env)
+        client.kill = process.kill
         try:
             yield client, (log := Path(file.name))
         finally:
@@ -1324,16 +1253,24 @@ async def test_workers_write_at_once(workers: Client) -> None:
     await at_once(alice.expect(200, call, title="x") for call in calls)
 
 
+async def test_a_kill_loses_no_acknowledged_row(url: str) -> None:
+    with serve(url) as (client, _):
+        await until(client.is_ready)
+        alice = await client.new_user()
+        items = await at_once(alice.new_item() for _ in range(20))
+        client.kill()
+    async with running(load_app(url)) as client:
+        stored = await client.sql("SELECT id FROM items")
+        assert sorted(stored) == sorted((item["id"],) for item in items)
+
+
 async def test_schemathesis_finds_nothing(tmp_path: Path, workers: Client) -> None:
-    cli = "from schemathesis.cli import schemathesis; schemathesis()"
-    fuzz = [sys.executable, "-c", cli, "run", "-n5", "--warnings=off", "--no-color"]
-    fuzz += ["--phases=examples,fuzzing,stateful", "--checks=all"]
-    # A valid email of a domain that does not exist is rejected; 403 may be right, and
+    fuzz: Any = [Path(sys.executable).with_name("st"), "run", "-n5", "--warnings=off"]
+    fuzz += ["--phases=examples,fuzzing,stateful", "--checks=all", "--no-color"]
+    # A valid email of a domain that does not exist is rejected, 403 may be right, and
     # what is below a deleted resource may be there, such as its history.
-    fuzz += [
-        "--exclude-checks=positive_data_acceptance,ensure_resource_availability,"
-        "use_after_free"
-    ]
+    right = "positive_data_acceptance,ensure_resource_availability,use_after_free"
+    fuzz.append(f"--exclude-checks={right}")
     token = f"Authorization: {(await workers.log_in()).headers['Authorization']}"
     fuzz += ["-H", token, f"{workers.host}/api/v1/openapi.json"]
     run = await anyio.run_process(fuzz, cwd=tmp_path, check=False)
@@ -1346,7 +1283,6 @@ async def test_an_outage_is_survived_without_a_restart() -> None:
     with serve(url, DATABASE_TIMEOUT="1", **limits) as (client, log):
         await until(lambda: b"Retrying" in log.read_bytes())
         database: Any = get_server(folder, cleanup_mode="delete")  # after the app
-        postmaster: Any = database.get_postmaster_info().process
         await until(client.is_ready)
         root = await client.log_in()
 
@@ -1355,17 +1291,16 @@ async def test_an_outage_is_survived_without_a_restart() -> None:
             writes = [root.patch("/users/me", json={}) for _ in range(10)]
             return {*statuses(await at_once(reads + writes))} == {status}
 
-        def send(signal_: int) -> None:
+        def send(signal_: int) -> Any:
+            postmaster = database.get_postmaster_info().process
             for process in (postmaster, *postmaster.children()):
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal_)
-
-        def stop() -> None:
-            send(signal.SIGQUIT)
-            postmaster.wait(PATIENCE)
+            return postmaster
 
         frozen: Any = lambda: send(signal.SIGSTOP), lambda: send(signal.SIGCONT)
-        for begin, end in (frozen, (stop, database.ensure_postgres_running)):
+        stopped = lambda: send(signal.SIGQUIT).wait(), database.ensure_postgres_running
+        for begin, end in (frozen, stopped):
             await until(lambda: respond(200))
             begin()
             assert await respond(503)
@@ -1374,6 +1309,16 @@ async def test_an_outage_is_survived_without_a_restart() -> None:
             end()
         await until(lambda: respond(200))
     database.cleanup()
+
+
+async def test_closed_connections_are_replaced(new_url: NewUrl) -> None:
+    app, opened = load_app(new_url("postgresql")), list[Any]()
+    pool = app.autocommit_engine.sync_engine.pool
+    sa.event.listen(pool, "connect", lambda new, _: opened.append(new))
+    async with running(app) as client:
+        for connection in opened:
+            connection.driver_connection.terminate()
+        assert await client.is_ready()
 
 
 # --- Migrations
@@ -1388,14 +1333,11 @@ for table in SQLModel.metadata.sorted_tables:
 Role = StrEnum("Role", {"GUEST": "guest", "HOST": "host"})
 
 
-class NewUser(SQLModel, table=True):
-    """New columns of the table of users."""
-
+class NewUser(SQLModel, table=True):  # new columns
     __tablename__ = "users"
     __table_args__ = ({"extend_existing": True},)
     metadata = NEW_MODELS
     is_tester: bool = False
-    count: int = 7
     price: Decimal = Decimal("9.99")
     label: str = Field(default="it's new %", max_length=20)
     nick: str | None = Field(default=None, max_length=5, unique=True)
@@ -1438,20 +1380,11 @@ async def alembic(client: Client, *lines: str) -> None:
         await connection.run_sync(run)
 
 
-async def test_a_database_without_a_column_is_not_ready(url: str) -> None:
-    async with running(load_app(url)) as client:
-        assert await client.is_ready()
-        await client.sql("ALTER TABLE items DROP COLUMN description")
-        assert not await client.is_ready()
-
-
 async def test_migrations_run_on_rows(url: str) -> None:
     revisions = ScriptDirectory(HERE / "migrations").walk_revisions()
     newest = next(r for r in revisions if not r.is_merge_point)
-    up, down = (
-        f"upgrade {newest.revision}",
-        f"downgrade {newest.down_revision or 'base'}",
-    )
+    up = f"upgrade {newest.revision}"
+    down = f"downgrade {newest.down_revision or 'base'}"
     app = load_app(url, MIGRATE_ON_STARTUP="false", **NO_SUPERUSER)
     async with running(app) as client:
         await alembic(client, up, down)
@@ -1459,11 +1392,13 @@ async def test_migrations_run_on_rows(url: str) -> None:
         try:
             await alembic(client, up, down, up)
         except exc.DBAPIError as error:
-            advice = "give a new NOT NULL column a server_default, store an enumeration"
-            advice += " as text (a StrEnum), and undo in downgrade what upgrade does"
+            advice = "new NOT NULL columns need a server_default, enumerations StrEnum"
             pytest.fail(f"{newest.path} fails on rows: {error.orig}\n{advice}")
         await alembic(client, "downgrade base", "upgrade head")
         await alembic(client, "check")  # else generate a migration
+        assert await client.is_ready()
+        await client.sql("ALTER TABLE items DROP COLUMN description")
+        assert not await client.is_ready()
 
 
 async def test_rows_are_migrated(url: str, new_url: NewUrl, project: Project) -> None:
@@ -1479,9 +1414,9 @@ async def test_rows_are_migrated(url: str, new_url: NewUrl, project: Project) ->
                     await alembic(client, "revision new autogenerate")
                 steps = "upgrade head", "downgrade -1", "upgrade head", "check"
                 await alembic(client, *steps)
-            fields = "is_tester, count, label, nick, role, price > 9.9"
+            fields = "is_tester, label, nick, role, price > 9.9"
             rows = await client.sql(f"SELECT {fields} FROM users")
-            assert rows == [(False, 7, "it's new %", None, "guest", True)] * 2
+            assert rows == [(False, "it's new %", None, "guest", True)] * 2
             assert len(await client.sql("SELECT 1 FROM items")) == 1
             # A deleted row's id is not used again, even by the copy of a table.
             assert (await client.new_user()).id > last.id
@@ -1501,8 +1436,6 @@ async def test_migrations_are_atomic(url: str, project: Project, caplog: Log) ->
         with failed_start(caplog, "email.*database: .*"):
             await start(client.app)
         assert await client.sql(VERSION) == [(HEAD,)]
-        with pytest.raises(exc.DBAPIError):
-            await client.sql("SELECT 1 FROM good")
         with pytest.raises(exc.IntegrityError):  # foreign keys are on again
             await client.sql("UPDATE items SET owner_id = 99")
 
@@ -1538,14 +1471,11 @@ async def test_a_newer_schema_is_fine(url: str, project: Project, caplog: Log) -
     project.add("merge", "pass", ("a", "b"))
     await start(load_app(url, project.folder))
     for environment in ("development", "production"):
-        async with running(load_app(url, FASTAPI_ENV=environment)) as client:
-            await client.new_user()
+        await start(load_app(url, FASTAPI_ENV=environment))
     assert caplog.text.count("The database is newer than the code") == 2
 
 
-async def test_a_migration_does_not_block_requests(
-    new_url: NewUrl, project: Project, caplog: Log
-) -> None:
+async def test_requests_go_on(new_url: NewUrl, project: Project, caplog: Log) -> None:
     app = load_app(new_url("postgresql"), project.folder)
     async with running(app) as client:
         alice = await client.new_user()
@@ -1559,22 +1489,12 @@ async def test_a_migration_does_not_block_requests(
         assert await client.sql(VERSION) == [("next",)]
 
 
-def alembic_main(monkeypatch: Patch, url: str, *args: str) -> None:
-    """Run the command `alembic`."""
+@cases("url", [REFUSED, "postgresql://u:pa?s3cr3t@h/d", "postgresql://u:1?s3cr3t@h/d"])
+def test_alembic_reports_an_error_in_one_line(url: str, monkeypatch: Patch) -> None:
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.setenv("SECRET_KEY", "")  # not needed for migrations
     monkeypatch.delitem(sys.modules, "app", raising=False)
-    CommandLine().main(["-c", str(HERE / "alembic.ini"), *args])
-
-
-def test_alembic_upgrades_a_database(url: str, monkeypatch: Patch) -> None:
-    alembic_main(monkeypatch, url, "upgrade", "head")
-    alembic_main(monkeypatch, url, "check")
-
-
-@cases("url", [REFUSED, "postgresql://u:pa?s3cr3t@h/d"])
-def test_alembic_reports_an_error_in_one_line(url: str, monkeypatch: Patch) -> None:
-    problem = r"^(ConnectionRefusedError|DATABASE_URL) ?.*$"
+    problem = r"^(ConnectionRefused|DATABASE_URL|gaierror: .* \(database: \?\)).*$"
     with pytest.raises(SystemExit, match=problem) as stop:
-        alembic_main(monkeypatch, url, "upgrade", "head")
+        CommandLine().main(["-c", str(HERE / "alembic.ini"), "upgrade", "head"])
     assert "s3cr3t" not in str(stop.value)
