@@ -811,9 +811,8 @@ PUBLIC |= {"read_health", "read_readiness"}
 SHARED: set[str] = set()
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data; boundary=x; charset=unicode_escape"
-HOSTILE: list[Any] = ["\0", "a\0b", "\ud800", "x" * 10_001, "'; DROP TABLE users --"]
-HOSTILE += ["%s", "", "yes", "\u0661", " 1", "NaN", None, True, 1.5, 1e308, 10**400]
-HOSTILE += [-1, 0, 2**31, 2**63 - 1, 2**63, 2**64, [], {}, [None], {"a": {"b": []}}]
+HOSTILE: list[Any] = ["\0", "\ud800", "x" * 10_001, "'; --", "%s", "", "\u0661", "NaN"]
+HOSTILE += [None, True, 1.5, 1e308, 10**400, -1, 0, 2**31, 2**63, [], {}, [None]]
 PART = b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\n'
 BROKEN = [b"[" * 100_000, b"\xff", b"{", b"NaN", b"", b'{"title": 1e999}', b"--x"]
 BROKEN += [b'{"title":' + b"9" * 5_000 + b"}", b'{"\\ud800": 1}', b"grant_type=%ED%A0"]
