@@ -60,12 +60,12 @@ HERE = Path(__file__).parent
 PASSWORD = NEW_USER["password"]
 ROOT = "root@example.com"  # the first superuser
 EXAMPLES = re.findall("^#([A-Z_0-9]+)=(.*)$", (HERE / ".env.example").read_text(), re.M)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or servers start slowly
 NO_SUPERUSER = {"FIRST_SUPERUSER_EMAIL": "", "FIRST_SUPERUSER_PASSWORD": ""}
 SETTINGS = dict(EXAMPLES) | {"SECRET_KEY": secrets.token_hex(32), "FASTAPI_ENV": ""}
 SETTINGS |= {"FIRST_SUPERUSER_EMAIL": ROOT, "FIRST_SUPERUSER_PASSWORD": PASSWORD}
 SETTINGS |= {"BCRYPT_ROUNDS": "4"}  # the fastest
-# Generous limits for a busy machine: they only keep a test from hanging.
-PATIENCE = 300  # seconds
+PATIENCE = 300  # seconds until a test that hangs fails, also on a busy machine
 SETTINGS |= {"DATABASE_TIMEOUT": "60", "DATABASE_STARTUP_TIMEOUT": str(PATIENCE)}
 DATABASES = ["sqlite", "postgresql"]
 NewUrl = Callable[[str], str]  # creates an empty database, "sqlite" or "postgresql"
@@ -83,6 +83,7 @@ def anyio_backend() -> str:
 def new_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewUrl]:
     folder = tempfile.mkdtemp(prefix="pg")  # the path of a socket must be short
     server = get_server(folder, cleanup_mode="delete")
+    server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")  # faster
 
     def create(database: str) -> str:
         name = f"test_{secrets.token_hex(4)}"
@@ -676,7 +677,7 @@ async def test_a_commit_that_fails_is_no_success(url: str) -> None:
 
 
 async def test_a_request_does_not_wait_for_long(url: str) -> None:
-    limits = {"DATABASE_POOL_SIZE": "2", "DATABASE_TIMEOUT": "1"}
+    limits = {"DATABASE_POOL_SIZE": "2", "DATABASE_TIMEOUT": "0.5"}
     patient, limited = load_app(url), load_app(url, **limits)
     async with running(patient) as client, running(limited) as hurried:
         alice, connect = await client.new_user(), limited.autocommit_engine.connect
@@ -1265,7 +1266,7 @@ async def test_a_kill_loses_no_acknowledged_row(url: str) -> None:
 
 async def test_schemathesis_finds_nothing(tmp_path: Path, workers: Client) -> None:
     fuzz: Any = [Path(sys.executable).with_name("st"), "run", "-n5", "--warnings=off"]
-    fuzz += ["--phases=examples,fuzzing,stateful", "--checks=all", "--no-color"]
+    fuzz += ["--phases=fuzzing,stateful", "--checks=all", "--no-color"]
     # A valid email of a domain that does not exist is rejected, 403 may be right, and
     # what is below a deleted resource may be there, such as its history.
     right = "positive_data_acceptance,ensure_resource_availability,use_after_free"
