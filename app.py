@@ -310,11 +310,10 @@ async def fetch(
     This takes half the time of a session. Do not use it after the request's session was
     used: the request would hold one connection while it waits for another.
     """
-    values |= caller_values(caller)
 
     def run() -> Sequence[Any]:
         with autocommit_engine.sync_engine.connect() as connection:
-            result = connection.execute(statement, values)
+            result = connection.execute(statement, values | caller_values(caller))
             rows = result.all() if result.returns_rows else []
             if not statement.is_select:
                 connection.commit()  # SQLite in memory has no AUTOCOMMIT engine
@@ -342,33 +341,36 @@ async def load[T: SQLModel](
 ) -> T:
     """Return an object to change, its row locked until the commit, else raise 404.
 
+    The caller is locked first: no login or permission can end before the commit.
     Lock parents before children, such as users before items: requests that lock rows in
     different orders can deadlock. Use subqueries: joins would lock more rows. The lock
     does not keep others from inserting rows that reference this one.
     """
     values |= caller_values(caller)
-    locked = statement.with_for_update(key_share=True)
     options: Any = {"params": values, "execution_options": {"populate_existing": True}}
-    found = (await session.exec(locked, **options)).first()
-    # A statement that waited for a lock sees other rows as they were before. Ask again:
-    # a row in a subquery, the caller's login or a permission may be gone.
+    not_found = HTTPException(404, "Not found")
     if caller:
         names = ("id", *UserPermissions.model_fields)
-        same = (getattr(User, name) == getattr(caller, name) for name in names)
-        alive = select(User.id).where(*same).correlate(None)
+        alive = select(User.id).where(
+            *(getattr(User, n) == getattr(caller, n) for n in names)
+        )
         if login := getattr(caller, "login", None):  # none without an access token
             alive = alive.join(Login).where(
                 Login.family_hash == login, col(Login.expires_at) > func.now()
             )
-        statement = statement.where(alive.exists())
+        if not (await session.exec(alive.with_for_update(key_share=True))).first():
+            raise not_found
+    locked = statement.with_for_update(key_share=True)
+    found = (await session.exec(locked, **options)).first()
+    # A statement that waited for a lock sees other rows as they were before: ask again.
     if found is None or (await session.exec(statement, **options)).first() is None:
-        raise HTTPException(404, "Not found")
+        raise not_found
     return found
 
 
-def paginate(statement: Any) -> dict[str, Any]:
-    """Return the statements that select a page, one for each value of `sort`."""
-    id_ = statement.selected_columns["id"]
+def paginate(statement: Any, id_: Any = None) -> dict[str, Any]:
+    """Return the statements of a page by `id_` or the id, one for each `sort`."""
+    id_ = statement.selected_columns["id"] if id_ is None else id_
     after = bindparam("after", type_=sa.BigInteger)
     page = statement.offset(bindparam("skip")).limit(bindparam("limit"))
     return {
@@ -666,9 +668,8 @@ async def handle_error(request: Request, error: Exception) -> Response:
         log.info("Responded with 400: the database rejected a value (%s)", code)
         response = OAuth2Error("invalid_request", message)
     else:
-        if isinstance(error, ResponseValidationError):
-            for problem in error.errors():
-                problem.pop("input", None)  # may be a row with a password's hash
+        for e in error.errors() if isinstance(error, ResponseValidationError) else ():
+            e.pop("input", None)  # may be a row with a password's hash
         if isinstance(error, exc.DBAPIError) and error.orig:
             error.orig.__cause__ = None  # asyncpg's own error shows the row, too
         log.error("Unexpected error", exc_info=error)
@@ -757,8 +758,9 @@ async def refresh_login(session: AsyncSession, refresh_token: str) -> Token:
     if user_id := (await session.exec(repeated)).first():
         log.warning("Refresh token repeated: a login of user %s goes on", user_id)
         return make_token(user_id, family, new_secret)
-    deleted = await session.exec(delete(Login).where(alive).returning(Login))
-    if ended := deleted.scalar():
+    if ended := (
+        await session.exec(delete(Login).where(alive).returning(Login))
+    ).scalar():
         log.warning("Refresh token reused: ended a login of user %s", ended.user_id)
     await session.commit()  # the error below would roll it back
     raise OAuth2Error("invalid_grant", "Invalid refresh token, log in again")
@@ -876,9 +878,8 @@ async def update_user(
 @users.delete("/{user_id}", status_code=204, responses=errors(401, 403, 404))
 async def delete_user(user_id: UserId, caller: CallerDep, session: SessionDep) -> None:
     """Delete a user and their items. Superusers can delete others, not themselves."""
-    user = await load(
-        session, USER, caller, id=caller.id if user_id == "me" else user_id
-    )
+    id_ = caller.id if user_id == "me" else user_id
+    user = await load(session, USER, caller, id=id_)
     if user.is_superuser and user.id == caller.id:
         raise HTTPException(403, "Superusers cannot delete themselves")
     await session.delete(user)
