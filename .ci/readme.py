@@ -34,6 +34,7 @@ MODULES = {
     "fastapi": "BackgroundTasks Body",
     "fastapi.security": "APIKeyHeader",
     "pydantic": "AwareDatetime StringConstraints",
+    "sqlalchemy.orm": "aliased",
     "urllib.parse": "unquote urlsplit",
 }
 # Migrate both databases, generate a revision on the first one, add rows to each table.
@@ -203,7 +204,7 @@ def grow(url: str) -> None:
         for router in re.findall(r"^(\w+)(?:: \w+)? = APIRouter\(", left, re.M):
             add_router(router)
         import_names()
-        bash("uv run ruff check --fix -q\nuv run ruff format -q")
+        bash("uv run ruff format -q\nuv run ruff check --fix -q")
         if "models.py" in text + left:
             subprocess.run([*migrate, "new"], cwd=CLONE, check=True)
         print(f"== {title}: {time.monotonic() - started:.0f} s", flush=True)

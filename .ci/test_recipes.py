@@ -130,10 +130,17 @@ async def test_anybody_can_search_published_notes(alice: Client, api: Client) ->
 async def test_a_list_has_the_same_order_on_both_databases(alice: Client) -> None:
     days = {"b": "2030-01-02", "a": None, "Z": "2030-01-01", "é": "2030-01-02"}
     days |= {"É": None, "_": "2029-12-31", "z": "2030-01-01", "A b": None, "a-b": None}
-    await add_notes(alice, *({"text": t, "due_on": day} for t, day in days.items()))
+    for text, day in days.items():
+        status = "done" if text == "b" else "open"
+        await add_notes(alice, {"text": text, "due_on": day, "status": status})
     by_text = ["_", "a", "A b", "a-b", "b", "Z", "z", "É", "é"]
     by_day = ["_", "Z", "z", "b", "é", "a", "É", "A b", "a-b"]
-    for name, expected in (("text", by_text), ("due_on", by_day)):
+    by_status = [*list(days)[1:], "b"]  # "open" is above "done" in the enumeration
+    for name, expected in (
+        ("text", by_text),
+        ("due_on", by_day),
+        ("status", by_status),
+    ):
         url = f"/notes/sorted?by={name}"
         assert await list_texts(alice, url) == expected
         assert await list_texts(alice, f"{url}&skip=7") == expected[7:]
@@ -163,6 +170,23 @@ async def test_notes_share_tags(alice: Client, api: Client) -> None:
     assert (await bob.put(f"/notes/{other}/tags", json=many)).status_code == 422
     await bob.expect(204, f"DELETE /notes/{other}")
     assert len(await alice.sql("SELECT 1 FROM tags WHERE name = 'a'")) == 1
+
+
+async def test_likes_are_counted_once_each(alice: Client) -> None:
+    bob, eve = await alice.new_user(), await alice.new_user()
+    [id_, draft] = await add_notes(
+        alice, {"text": "a", "published": True}, {"text": "b"}
+    )
+    url = f"/notes/{id_}"
+    assert {*statuses(await at_once(bob.put(f"{url}/like") for _ in range(5)))} == {204}
+    await eve.expect(204, f"PUT {url}/like")
+    await eve.expect(404, f"PUT /notes/{draft}/like")
+    note = await bob.expect(200, f"GET {url}/likes")
+    assert (note["likes"], note["is_liked"], note["text"]) == (2, True, "a")
+    assert await bob.expect(200, "GET /notes/liked") == [note]
+    await eve.expect(204, "DELETE /users/me")
+    note = await alice.expect(200, f"GET {url}/likes")
+    assert (note["likes"], note["is_liked"]) == (1, False)
 
 
 async def new_note(client: Client, text: str = "a note") -> Any:
@@ -244,7 +268,8 @@ async def test_every_deletion_leaves_a_trail(alice: Client) -> None:
     await alice.expect(204, f"DELETE /notes/{first['id']}")
     await alice.expect(204, "DELETE /users/me")
     trail = f"FROM changes WHERE note_id IN ({first['id']}, {second['id']})"
-    assert await alice.sql(f"SELECT user_id {trail}") == [(alice.user["id"],)] * 2
+    stored = await alice.sql(f"SELECT user_id, action, created_at IS NULL {trail}")
+    assert [(who, action) for who, action, _ in stored] == [(alice.id, "delete")] * 2
 
 
 async def test_an_api_key_works_until_it_is_revoked(alice: Client) -> None:
