@@ -758,9 +758,8 @@ async def refresh_login(session: AsyncSession, refresh_token: str) -> Token:
     if user_id := (await session.exec(repeated)).first():
         log.warning("Refresh token repeated: a login of user %s goes on", user_id)
         return make_token(user_id, family, new_secret)
-    if ended := (
-        await session.exec(delete(Login).where(alive).returning(Login))
-    ).scalar():
+    deleted = await session.exec(delete(Login).where(alive).returning(Login))
+    if ended := deleted.scalar():
         log.warning("Refresh token reused: ended a login of user %s", ended.user_id)
     await session.commit()  # the error below would roll it back
     raise OAuth2Error("invalid_grant", "Invalid refresh token, log in again")
