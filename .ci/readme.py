@@ -31,9 +31,11 @@ MODULES = {
     "email.message": "EmailMessage",
     "email.utils": "formatdate make_msgid",
     "enum": "StrEnum",
-    "fastapi": "BackgroundTasks Body",
+    "fastapi": "BackgroundTasks Body UploadFile",
+    "fastapi.responses": "StreamingResponse",
     "fastapi.security": "APIKeyHeader",
-    "pydantic": "AwareDatetime StringConstraints",
+    "itertools": "islice",
+    "pydantic": "AwareDatetime StringConstraints TypeAdapter",
     "sqlalchemy.orm": "aliased",
     "urllib.parse": "unquote urlsplit",
 }
@@ -179,7 +181,8 @@ def import_names() -> None:
             is_model = re.search(rf"^(class )?{name}( =|\()", models, re.M)
             module = "models" if is_model else modules.get(name, "sqlmodel")
             line = f"from {module} import {name}"
-            line = f"import {name}" if name in ("smtplib", "ssl") else line
+            if name in ("asyncio", "csv", "io", "smtplib", "ssl"):
+                line = f"import {name}"
             code = path.read_text()
             path.write_text(code.replace("\nimport", f"\n{line}\nimport", 1))
 

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from test_app import HOSTILE, Client, at_once, statuses
 
@@ -291,26 +292,64 @@ async def test_an_api_key_works_until_it_is_revoked(alice: Client) -> None:
     await bot.expect(401, f"DELETE /notes/{note['id']}")
 
 
-async def test_an_export_has_all_notes_and_no_others(alice: Client) -> None:
-    await new_note(await alice.new_user())
-    body = [{"text": f"{i}"} for i in range(2500)]
-    assert (await alice.post("/notes/import", json=body)).status_code == 204
-    lines = (await alice.get("/notes/export")).text.splitlines()
-    assert [json.loads(line)["text"] for line in lines] == [n["text"] for n in body]
+async def import_csv(client: Client, text: str | bytes) -> httpx.Response:
+    return await client.post("/notes/import", files={"file": text})
+
+
+async def test_an_export_can_be_imported(alice: Client) -> None:
+    bob = await alice.new_user()
+    await new_note(bob)
+    rows = [f'"{i}, ""a""\nb",,' for i in range(2499)] + ["ä,x,2030-01-31"]
+    file = "\r\n".join(["text,subtitle,due_on", *rows, ""])
+    assert (await import_csv(alice, "\ufeff" + file)).status_code == 204
+    export = await alice.get("/notes/export")
+    assert (export.text, export.headers["Content-Type"]) == (
+        file,
+        "text/csv; charset=utf-8",
+    )
+    assert len((await bob.get("/notes/export")).text.splitlines()) == 2
     await Client(alice.transport, app=alice.app).expect(401, "GET /notes/export")
 
 
-async def test_an_import_is_all_or_nothing(alice: Client) -> None:
-    for broken, status in (("", 422), ("a\0b", 400 if not alice.on_sqlite else 204)):
-        body = [{"text": "fine"}, {"text": broken}]
-        response = await alice.post("/notes/import", json=body)
-        assert response.status_code == status
-    count = len((await alice.get("/notes/export")).text.splitlines())
-    assert count == (2 if alice.on_sqlite else 0)
-    large = [{"text": "x" * 250}] * 2000  # more than other bodies may have
-    assert (await alice.post("/notes/import", json=large)).status_code == 204
-    response = await alice.post("/notes/import", content=b" " * (2**24 + 1))
-    assert response.status_code == 413
+@pytest.mark.parametrize(
+    ("rows", "status", "error"),
+    [
+        ("a\n" * 5001, 422, "at most 5000 items"),
+        (",b\n", 422, '[3,"text"]'),
+        ('"a\nb",,\n\na,b,tomorrow\n', 422, '[6,"due_on"]'),
+        ("a,b,,d\n", 422, '[3,""]'),
+        (b"\xff\n", 422, '[3,"text"]'),
+        ('"a\nb"c\n', 400, "Line 4"),
+        ("x" * 200_000, 400, "Line 3"),
+    ],
+)
+async def test_an_import_is_all_or_nothing(
+    alice: Client, rows: Any, status: int, error: str
+) -> None:
+    rows = rows if isinstance(rows, bytes) else rows.encode()
+    response = await import_csv(alice, b"text,subtitle,due_on\nfine\n" + rows)
+    assert response.status_code == status
+    assert error in response.text
+    assert len((await alice.get("/notes/export")).text.splitlines()) == 1
+
+
+async def test_an_import_checks_its_header_and_its_size(alice: Client) -> None:
+    for file in (b"", b"text\na", b"a,a,a\n", b"," * 100_000, b"\xff"):
+        assert (await import_csv(alice, file)).status_code == 400
+    assert (await import_csv(alice, "text,subtitle,due_on")).status_code == 422
+    large = "text,subtitle,due_on\n" + f"{'x' * 250}\n" * 5000  # over max_body_size
+    assert (await import_csv(alice, large)).status_code == 204
+    assert (await import_csv(alice, b" " * (2**24 + 1))).status_code == 413
+
+
+async def test_an_import_needs_the_login_until_its_commit(alice: Client) -> None:
+    app = alice.app
+    caller = await app.get_caller(alice.tokens["access_token"])
+    await alice.sql(f"DELETE FROM logins WHERE user_id = {alice.id}")
+    app.app.dependency_overrides[app.get_caller] = lambda: caller
+    response = await import_csv(alice, "text,subtitle,due_on\na")
+    app.app.dependency_overrides.clear()
+    assert response.status_code == 404
 
 
 async def test_an_error_in_the_middle_ends_the_export(
@@ -327,6 +366,23 @@ async def test_an_error_in_the_middle_ends_the_export(
     monkeypatch.setattr(alice.app, "fetch", fail_at_second)
     with pytest.raises((AssertionError, RuntimeError, httpx.TransportError)):
         await alice.get("/notes/export")
+
+
+async def test_who_breaks_off_an_export_closes_no_connection(alice: Client) -> None:
+    app, opened = alice.app, list[Any]()
+    sa.event.listen(
+        app.autocommit_engine.sync_engine, "connect", lambda *_: opened.append(1)
+    )
+    caller = SimpleNamespace(id=alice.id, is_superuser=False)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(20):
+            stream = app.write_csv(caller)
+            await anext(stream)
+            tasks.start_soon(anext, stream, "")
+            await anyio.lowlevel.checkpoint()  # its query begins
+        tasks.cancel_scope.cancel()
+    await alice.expect(200, "GET /users/me")
+    assert len(opened) <= app.settings.database_pool_size
 
 
 async def test_work_follows_the_response(alice: Client, caplog: Any) -> None:
