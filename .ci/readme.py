@@ -34,7 +34,7 @@ MODULES = {
     "fastapi": "BackgroundTasks Body UploadFile",
     "fastapi.responses": "StreamingResponse",
     "fastapi.security": "APIKeyHeader",
-    "itertools": "islice",
+    "itertools": "islice zip_longest",
     "pydantic": "AwareDatetime StringConstraints TypeAdapter",
     "sqlalchemy.orm": "aliased",
     "urllib.parse": "unquote urlsplit",

@@ -316,10 +316,12 @@ async def test_an_export_can_be_imported(alice: Client) -> None:
     [
         ("a\n" * 5001, 422, "at most 5000 items"),
         (",b\n", 422, '[3,"text"]'),
-        ('"a\nb",,\n\na,b,tomorrow\n', 422, '[6,"due_on"]'),
+        ('"a\nb",,\n"a\nb",b,tomorrow\n', 422, '[5,"due_on"]'),
+        ("\n", 422, '[3,"text"]'),
+        ("a\0b\n", 422, '[3,"text"]'),
         ("a,b,,d\n", 422, '[3,""]'),
         (b"\xff\n", 422, '[3,"text"]'),
-        ('"a\nb"c\n', 400, "Line 4"),
+        ('"a\nb"c\n', 400, "Line 3"),
         ("x" * 200_000, 400, "Line 3"),
     ],
 )
