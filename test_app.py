@@ -363,8 +363,7 @@ async def test_a_422_names_the_fields_without_their_values(api: Client) -> None:
 
 
 async def test_an_item_is_created_and_deleted(alice: Client) -> None:
-    before = datetime.now(UTC)
-    item = await alice.new_item()
+    before, item = datetime.now(UTC), await alice.new_item()
     assert item.keys() == ItemPublic.model_fields.keys()
     assert item.items() >= (NEW_ITEM | {"owner_id": alice.id}).items()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{1,6}Z", item["created_at"])
@@ -913,9 +912,10 @@ class Walk:
         """Create a row by each POST, and remember its id, such as ids["item_id"]."""
         paths = " ".join(route["path"] for route in self.routes)
         names = self.names = dict(re.findall(r"/([\w-]+)/{(\w+)}", paths))
+        names |= re.findall(r"(\S+)/{(\w+)}", paths)  # such as /teams/{team_id}/items
         posts = [route for route in self.routes if route["method"] == "POST"]
         for route in posts * 2:  # one may need the id of another
-            if name := names.get(route["path"].split("/")[-1]):
+            if name := names.get(p := route["path"], names.get(p.split("/")[-1])):
                 request = self.build(route)
                 response = await self.client.send(request)
                 if response.status_code == 403:  # only superusers create it

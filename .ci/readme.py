@@ -34,8 +34,8 @@ MODULES = {
     "fastapi": "BackgroundTasks Body UploadFile",
     "fastapi.responses": "StreamingResponse",
     "fastapi.security": "APIKeyHeader",
-    "itertools": "islice zip_longest",
-    "pydantic": "AwareDatetime StringConstraints TypeAdapter",
+    "itertools": "islice",
+    "pydantic": "AwareDatetime BeforeValidator StringConstraints TypeAdapter",
     "sqlalchemy.orm": "aliased",
     "urllib.parse": "unquote urlsplit",
 }
