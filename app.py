@@ -368,11 +368,11 @@ async def load[T: SQLModel](
     return found
 
 
-def paginate(statement: Any, id_: Any = None) -> dict[str, Any]:
+def paginate(query: Any, id_: Any = None) -> dict[str, Any]:
     """Return the statements of a page by `id_` or the id, one for each `sort`."""
-    id_ = statement.selected_columns["id"] if id_ is None else id_
-    after = bindparam("after", type_=sa.BigInteger)
-    page = statement.offset(bindparam("skip")).limit(bindparam("limit"))
+    id_ = query.selected_columns["id"] if id_ is None else id_
+    after, skip = (bindparam(n, type_=sa.BigInteger) for n in ("after", "skip"))
+    page = query.add_columns(id_.label("after")).offset(skip).limit(bindparam("limit"))
     return {
         "id": page.where(id_ > func.coalesce(after, 0)).order_by(id_),
         "-id": page.where(id_ < func.coalesce(after, MAX_ID)).order_by(id_.desc()),
@@ -393,7 +393,7 @@ class Page:
         rows = await fetch(statements[query.sort], caller, **values)
         if len(rows) > query.limit:
             url = self.url.remove_query_params("skip")
-            url = url.include_query_params(after=rows[-2].id)
+            url = url.include_query_params(after=rows[-2].after)
             self.headers["Link"] = f'<{url}>; rel="next"'
         return rows[: query.limit]
 

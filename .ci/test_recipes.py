@@ -222,6 +222,19 @@ async def test_a_role_gives_its_rights_and_no_more(alice: Client) -> None:
     await bob.expect(404, f"GET {path}")
 
 
+async def test_a_list_without_ids_has_pages(alice: Client) -> None:
+    users = [await alice.new_user() for _ in range(4)]
+    path, _ = await new_team(alice, *users)
+    for sort in ("id", "-id"):
+        found, url = list[str](), f"{path}/members?limit=2&sort={sort}"
+        while url:
+            response = await alice.get(url)
+            found += [member["email"] for member in response.json()]
+            url = response.links.get("next", {}).get("url", "")
+        emails = [user.email for user in (alice, *users)]
+        assert found == (emails if sort == "id" else emails[::-1])
+
+
 async def test_the_last_admin_stays(alice: Client) -> None:
     for new in (None, "viewer"):
         bob = await alice.new_user()
