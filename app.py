@@ -372,6 +372,7 @@ def paginate(query: Any, id_: Any = None) -> dict[str, Any]:
     """Return the statements of a page by `id_` or the id, one for each `sort`."""
     id_ = query.selected_columns["id"] if id_ is None else id_
     after, skip = (bindparam(n, type_=sa.BigInteger) for n in ("after", "skip"))
+    # The last column is the value of `after` for the next page.
     page = query.add_columns(id_.label("after")).offset(skip).limit(bindparam("limit"))
     return {
         "id": page.where(id_ > func.coalesce(after, 0)).order_by(id_),
@@ -393,7 +394,7 @@ class Page:
         rows = await fetch(statements[query.sort], caller, **values)
         if len(rows) > query.limit:
             url = self.url.remove_query_params("skip")
-            url = url.include_query_params(after=rows[-2].after)
+            url = url.include_query_params(after=rows[-2][-1])
             self.headers["Link"] = f'<{url}>; rel="next"'
         return rows[: query.limit]
 

@@ -335,15 +335,13 @@ async def test_only_superusers_change_permissions(alice: Client, name: str) -> N
     await alice.expect(422, "POST /users", **body)
     await alice.expect(403, "PATCH /users/me", **{name: True})
     await root.expect(403, f"PATCH {root.url}", **{name: True})  # of others only
-    await root.expect(422, f"PATCH {alice.url}", **{name: None})
-    for value in (True, False):
-        user = await root.expect(200, f"PATCH {alice.url}", **{name: value})
-        assert user[name] == value
+    for value, status in ((None, 422), ("true", 422), (True, 200), (False, 200)):
+        user = await root.expect(status, f"PATCH {alice.url}", **{name: value})
+        assert status == 422 or user[name] == value
 
 
 async def test_only_superusers_cannot_delete_themselves(alice: Client) -> None:
-    root = await alice.log_in()
-    await root.expect(403, f"DELETE {root.url}")
+    await (await alice.log_in()).expect(403, "DELETE /users/me")
     await alice.expect(204, "DELETE /users/me")
     assert not await alice.is_logged_in()
 
@@ -381,7 +379,8 @@ async def test_only_the_fields_that_are_sent_change(alice: Client, url: str) -> 
     if url == "/items":
         old, field, required = await alice.new_item(), "description", "title"
         url = f"/items/{old['id']}"
-    await alice.expect(422, f"PATCH {url}", **{required: None})
+    for wrong in (None, "", "x" * 256):
+        await alice.expect(422, f"PATCH {url}", **{required: wrong})
     for change in ({field: "new"}, {field: None}):
         new = await alice.expect(200, f"PATCH {url}", **change)
         assert new["updated_at"] > old["updated_at"]
@@ -414,6 +413,7 @@ async def test_a_page_links_to_the_next_one(alice: Client) -> None:
         assert url.startswith(f"{client.host}/api/v1/items?{kept}&after=") or not url
     assert pages == [ids[1:3], ids[3:5], ids[5:]]
     assert "Link" not in (await alice.get("/items?limit=6")).headers
+    await alice.expect(422, "GET /items?limit=101")
 
 
 # --- Logins
@@ -1092,7 +1092,7 @@ async def test_an_index_serves_each_list_at_any_depth(url: str) -> None:
         await client.sql("ANALYZE")
         explain = "EXPLAIN QUERY PLAN" if client.on_sqlite else "EXPLAIN"
         for statement in [page for pages in lists for page in pages.values()]:
-            table = statement.selected_columns["after"].element.table
+            table = [*statement.selected_columns][-1].element.table
             binds = statement.compile().binds.values()
             values = {bind.key: new_value(bind) for bind in binds if bind.required}
             page = statement.params(values | {"after": None}).limit(20).offset(0)
